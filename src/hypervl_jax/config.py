@@ -1,0 +1,345 @@
+"""Every setting of the library: nested frozen dataclasses and named presets.
+
+A config is a value: hashable, printable, serialisable (`to_dict`, `from_dict`). Presets are functions of no arguments; a
+file under `configs/` is one runnable experiment, `get_config() -> Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Branch = Literal["base", "large"]
+BRANCHES: tuple[Branch, ...] = ("base", "large")
+
+
+@dataclass(frozen=True)
+class PlanPolicy:
+    """How a picture becomes tiles (papers: HyperVL 3.1, AnyRes; InternVL; LLaVA-NeXT).
+
+    `tile` pixels a side, `patch` pixels a ViT patch, `merge` patches a side folded into one token by the pixel shuffle.
+    """
+
+    tile: int = 512
+    patch: int = 16
+    merge: int = 2
+    mode: Literal["native_pad", "grid_match", "grid_pad"] = "native_pad"
+    max_tiles: int = 36  # thumbnail not counted
+    thumbnail: bool = True  # one padded copy of the whole image when there is more than one tile
+    drop_pad: bool = True  # only cells that touch real pixels become tokens
+    min_side: int = 32  # pixels; the ratio never shrinks a side below this
+
+    def __post_init__(self):
+        if self.tile % (self.patch * self.merge):
+            raise ValueError(f"tile {self.tile} must be a multiple of patch x merge = {self.patch * self.merge}")
+        if self.max_tiles < 1 or self.min_side < 1:
+            raise ValueError("max_tiles and min_side must be at least 1")
+
+    @property
+    def cell(self) -> int:
+        """Pixels a side of what becomes one visual token."""
+        return self.patch * self.merge
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile // self.patch
+
+    @property
+    def cells_per_side(self) -> int:
+        return self.tile // self.cell
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.cells_per_side**2
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """SigLIP2 encoder geometry. `tile` and `patch` fix the position table to (tile / patch)^2 rows."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    tile: int = 512
+    patch: int = 16
+    eps: float = 1e-6
+
+    @property
+    def patches(self) -> int:
+        return (self.tile // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """Qwen3 decoder geometry."""
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 1e6
+    eps: float = 1e-6
+    tied: bool = True
+
+
+@dataclass(frozen=True)
+class VrcConfig:
+    """Visual Resolution Compressor: MobileNetV4-conv-small trunk, weighted pooling, MLP (HyperVL 3.2; TC sect. 4.1)."""
+
+    multiplier: float = 1.0  # width multiplier of the trunk
+    side: int = 384  # pixels a side of the proxy image
+    hidden: int = 512
+    rescale: Literal["R1", "R2", "none"] = "R2"
+    min_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Chat template. `think` adds Qwen3's empty thinking block; `coords` is the grid of points and boxes in the text."""
+
+    think: bool = True
+    layout: Literal["rowcol", "plain"] = "rowcol"
+    coords: int = 1000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    base: VitConfig
+    large: VitConfig
+    llm: LlmConfig
+    vrc: VrcConfig
+    policy: PlanPolicy
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self):
+        for name in BRANCHES:
+            vit = self.vit(name)
+            if (vit.tile, vit.patch) != (self.policy.tile, self.policy.patch):
+                raise ValueError(
+                    f"branch {name} sees tiles of {vit.tile} px in patches of {vit.patch} px, "
+                    f"the plan cuts tiles of {self.policy.tile} in patches of {self.policy.patch}"
+                )
+
+    def vit(self, branch: Branch) -> VitConfig:
+        if branch not in BRANCHES:
+            raise ValueError(f"no branch {branch!r}; choose one of {', '.join(BRANCHES)}")
+        return getattr(self, branch)
+
+
+@dataclass(frozen=True)
+class ScreensConfig:
+    """A set of composed screens (`data/screens.py`): pictures of things and numbers, with questions."""
+
+    name: str = "nano"
+    concepts: int = 64
+    tasks: tuple[str, ...] = ("name", "find", "read", "count", "yesno")
+    min_side: int = 64  # pixels
+    max_side: int = 192
+    max_area: int = 192 * 144
+    max_things: int = 6
+    questions: int = 4  # questions a screen
+    train: int = 24_000  # screens a split; `label` is what VRC learns from, both test splits are held out
+    label: int = 3_000
+    test_known: int = 2_000  # known artists, new compositions; other digits, other fonts
+    test_unseen: int = 2_000  # an artist never seen; other digits, other fonts
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    screens: ScreensConfig = field(default_factory=ScreensConfig)
+    batch: int = 32  # screens a step
+    shrink_prob: float = 0.3  # training screens shown at a random area ratio ...
+    shrink_min: float = 0.1  # ... uniform in [shrink_min, 1]
+    tile_buckets: tuple[int, ...] = (1, 3, 5, 7)  # a batch holds screens of one bucket; thumbnail counted
+    lengths: tuple[int, ...] = (128, 224, 304, 400)  # sequence length of each bucket
+
+
+@dataclass(frozen=True)
+class DclConfig:
+    """Dual Consistency Learning: KL(teacher Large || student Base) on answer tokens (HyperVL 3.3)."""
+
+    weight: float = 1.0  # lambda; 0 switches the KL term off
+    temperature: float = 2.0  # tau
+    schedule: Literal["alternate", "joint", "random"] = "alternate"
+    llm_train: Literal["both", "teacher_only"] = "both"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 4_000
+    stage0_steps: int = 400  # image-name term alone, vision only
+    name_weight: float = 0.5  # image-name term beside the next-token loss; 0 switches it off
+    lr: float = 1e-3
+    warmup: int = 100
+    final_lr: float = 0.1  # of lr, at the end of the cosine
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class VrcTrainConfig:
+    """Labels from the model's own loss ratio, then regression (HyperVL 3.2)."""
+
+    branch: Branch = "base"
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    tolerance: float = 1.05  # epsilon
+    floor: float = 0.02  # eta, nats
+    rule: Literal["first", "suffix"] = "suffix"
+    reduce: Literal["max", "mean"] = "max"  # several questions about one picture
+    steps: int = 1_500
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    dcl: DclConfig = field(default_factory=DclConfig)
+    vrc: VrcTrainConfig = field(default_factory=VrcTrainConfig)
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+def _model(tile: int, patch: int, base: tuple[int, int, int], large: tuple[int, int, int], **rest: Any) -> ModelConfig:
+    """(width, depth, heads) a branch; the MLP is four widths, as in SigLIP2."""
+    b, l = (VitConfig(w, d, h, 4 * w, tile, patch) for w, d, h in (base, large))
+    return ModelConfig(base=b, large=l, **rest)
+
+
+def tiny() -> Config:
+    """Everything at the size of a unit test."""
+    model = _model(
+        32, 8, (32, 2, 2), (48, 3, 3),
+        llm=LlmConfig(vocab=512, width=48, depth=2, heads=4, kv_heads=2, head_dim=16, mlp=96),
+        vrc=VrcConfig(multiplier=0.25, side=64, hidden=32),
+        policy=PlanPolicy(tile=32, patch=8, max_tiles=9, min_side=16),
+        text=TextConfig(think=False, coords=100),
+    )  # fmt: skip
+    screens = ScreensConfig(
+        name="tiny", concepts=4, min_side=24, max_side=64, max_area=64 * 64, max_things=2, questions=2,
+        train=64, label=32, test_known=16, test_unseen=16,
+    )  # fmt: skip
+    return Config(
+        "tiny",
+        model,
+        DataConfig(screens, batch=4, tile_buckets=(1, 3, 5), lengths=(96, 96, 128)),
+        TrainConfig(steps=4, stage0_steps=2, warmup=2, save_every=2),
+        DclConfig(),
+        VrcTrainConfig(steps=4, batch=4),
+    )
+
+
+def nano() -> Config:
+    """The model whose weights ship: about 3.5 M parameters, screens of up to seven tiles."""
+    model = _model(
+        96, 8, (96, 4, 3), (144, 6, 4),
+        llm=LlmConfig(vocab=512, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp=384),
+        vrc=VrcConfig(multiplier=0.35, side=192, hidden=128),
+        policy=PlanPolicy(tile=96, patch=8, max_tiles=6, min_side=16),
+        text=TextConfig(think=False, coords=100),
+    )  # fmt: skip
+    return Config("nano", model)
+
+
+def hypervl_1p7b() -> Config:
+    """The paper's sizes: SigLIP2 Base/16 and Large/16 at 512 px, Qwen3-1.7B (papers: HyperVL table 1)."""
+    model = _model(
+        512, 16, (768, 12, 12), (1024, 24, 16),
+        llm=LlmConfig(vocab=151_936, width=2048, depth=28, heads=16, kv_heads=8, head_dim=128, mlp=6144),
+        vrc=VrcConfig(),
+        policy=PlanPolicy(),
+    )  # fmt: skip
+    return Config("hypervl_1p7b", model)
+
+
+PRESETS = {"tiny": tiny, "nano": nano, "hypervl_1p7b": hypervl_1p7b}
+
+
+class ConfigError(ValueError):
+    """A setting, preset or config file that does not exist or does not fit; the message says what to write instead."""
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`. Raises `ConfigError` with the nearest names for one that does not exist."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
+        raise ConfigError(f"no preset {name!r}: {hint}")
+    return PRESETS[name]()
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Any config of this file as JSON-ready values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict`, strict: unknown, missing and mistyped settings raise `ConfigError` with their path."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected settings of {cls.__name__}, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            raise ConfigError(f"{where}.{key}: no such setting" + (f"; did you mean {near[0]!r}?" if near else ""))
+    out = {}
+    for name, f in fields.items():
+        if name not in values:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{where}.{name}: missing")
+            continue
+        out[name] = _coerce(hints[name], values[name], f"{where}.{name}")
+    try:
+        return cls(**out)
+    except ValueError as e:
+        raise ConfigError(f"{where}: {e}") from e
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hexadecimal digits that name these settings."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
