@@ -1,0 +1,99 @@
+"""HyperVL as a sentence: encode the tiles with one of two branches, place them in the text, run the decoder.
+
+Parameters are one plain tree, {"base": {vit, projector}, "large": {vit, projector}, "llm", "vrc"}.
+Axes: B batch, N tiles, T tile side, P patches, M tokens a tile, F = N M, L sequence, D decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from hypervl_jax.config import BRANCHES, Branch, ModelConfig
+from hypervl_jax.model import llm
+from hypervl_jax.model.projector import Projector
+from hypervl_jax.model.vit import Vit
+from hypervl_jax.model.vrc import Vrc
+
+Params = dict
+
+
+def init(key: Array, cfg: ModelConfig) -> Params:
+    """Random weights of both branches, decoder and VRC."""
+    keys = dict(zip((*BRANCHES, "llm", "vrc"), jax.random.split(key, 4), strict=True))
+    p = cfg.policy
+    tiles, mask = jnp.zeros((1, p.tile, p.tile, 3)), jnp.ones((1, p.patches_per_side**2), bool)
+    params = {}
+    for branch in BRANCHES:
+        k1, k2 = jax.random.split(keys[branch])
+        vit = cfg.vit(branch)
+        params[branch] = {
+            "vit": Vit(vit).init(k1, tiles, mask)["params"],
+            "projector": Projector(cfg.llm.width, p.merge).init(k2, jnp.zeros((1, vit.patches, vit.width)))["params"],
+        }
+    one = jnp.zeros((1, 1), jnp.int32)
+    x, see = jnp.zeros((1, 1, cfg.llm.width)), jnp.ones((1, 1, 1), bool)
+    params["llm"] = llm.Llm(cfg.llm).init(keys["llm"], x, one, see)["params"]
+    params["vrc"] = Vrc(cfg.vrc).init(keys["vrc"], jnp.zeros((1, cfg.vrc.side, cfg.vrc.side, 3)))["params"]
+    return params
+
+
+def encode_batch(
+    params: Params,
+    cfg: ModelConfig,
+    branch: Branch,
+    tiles: Num[Array, "N T T 3"],
+    mask: Bool[Array, "N P"],
+    scan: bool = True,
+    remat: bool = False,
+) -> Float[Array, "N M D"]:
+    """All tiles at once through one branch and its projector."""
+    x = Vit(cfg.vit(branch), scan, remat).apply({"params": params[branch]["vit"]}, tiles, mask)
+    projector = Projector(cfg.llm.width, cfg.policy.merge)
+    return projector.apply({"params": params[branch]["projector"]}, x)
+
+
+def encode_tiles(
+    params: Params,
+    cfg: ModelConfig,
+    branch: Branch,
+    tiles: Num[Array, "N T T 3"],
+    mask: Bool[Array, "N P"],
+    batch_size: int = 1,
+    scan: bool = True,
+) -> Float[Array, "N M D"]:
+    """The same features, `batch_size` tiles at a time: 1 is the paper's serial tiling (3.1), whose peak memory does not
+    grow with the picture; N is one batch."""
+
+    def one(tile_and_mask):
+        tile, m = tile_and_mask
+        return encode_batch(params, cfg, branch, tile[None], m[None], scan)[0]
+
+    return jax.lax.map(one, (tiles, mask), batch_size=batch_size if batch_size > 1 else None)
+
+
+def embed(
+    params: Params, ids: Int[Array, "B L"], slots: Int[Array, "B L"], features: Float[Array, "B F D"]
+) -> Float[Array, "B L D"]:
+    """Token embeddings, with feature `slots` of the same row written wherever a slot is not negative."""
+    text = llm.embed(params["llm"], ids)
+    seen = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], axis=1)
+    return jnp.where(slots[..., None] >= 0, seen.astype(text.dtype), text)
+
+
+def hidden(
+    params: Params,
+    cfg: ModelConfig,
+    features: Float[Array, "B F D"],
+    ids: Int[Array, "B L"],
+    slots: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    scan: bool = True,
+    remat: bool = False,
+) -> Float[Array, "B L D"]:
+    """The decoder over a whole row, without a cache: what training and scoring read. `llm.logits` makes it logits."""
+    x = embed(params, ids, slots, features)
+    mask = llm.segment_mask(segments)
+    return llm.Llm(cfg.llm, scan, remat).apply({"params": params["llm"]}, x, positions, mask)[0]
