@@ -1,0 +1,67 @@
+# Every command a newcomer needs; each sets up what it uses. Needs Python 3.11 or newer and nothing else.
+# PYTHON picks the interpreter (3.11 is preferred: the parity tests need a torch that has wheels for it).
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,\
+	$(if $(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("yes")' 2>/dev/null),$(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PARITY := $(VENV)/.parity
+TORCH := torch==2.13.0
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup parity quickstart nano test lint typecheck format bench bench-gpu wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv with everything but the parity extra
+
+# Made again when pyproject.toml changes; an interrupted installation leaves no stamp, so the next call finishes it.
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or say which with make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[train,export,dev]'
+	@touch $@
+
+# The parity tests compare with the reference implementations; without them those tests skip and say so.
+parity: $(PARITY)
+$(PARITY): $(STAMP)
+	@if $(BIN)/python -c 'import torch, transformers' 2>/dev/null \
+		|| { $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+			&& $(BIN)/python -m pip install --quiet '$(TORCH)' && $(BIN)/python -m pip install --quiet --editable '.[parity]'; }; \
+	then touch $@; else echo "torch and transformers cannot be had here: the parity tests will skip"; fi
+
+quickstart: $(STAMP) ## train, evaluate and export a small model from scratch; writes quickstart/report.html (10 minutes)
+	$(BIN)/hypervl quickstart
+
+nano: $(STAMP) ## the recipe of the shipped weights, from scratch (hours on two cores)
+	$(BIN)/hypervl train --config configs/nano.py --out runs/nano
+
+test: parity lint typecheck ## lint, types and all tests
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## ruff: rewrite in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(STAMP) ## pyright on src
+	$(BIN)/pyright
+
+bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
+	@status=0; for f in benchmarks/*.py; do [ $$f = benchmarks/gpu.py ] || $(BIN)/python $$f || status=1; done; exit $$status
+
+bench-gpu: $(STAMP) ## the figures that need an accelerator
+	$(BIN)/python benchmarks/gpu.py
+
+wheel: $(STAMP) ## build dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove what is built; keeps .venv, runs/ and quickstart/
+	rm -rf build dist .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
