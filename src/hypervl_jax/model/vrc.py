@@ -1,0 +1,214 @@
+"""Visual Resolution Compressor: a small network that looks at a proxy of the image and says how far it may shrink.
+
+MobileNetV4-conv-small trunk, weighted pooling, MLP, softplus (papers: HyperVL 3.2; MobileNetV4, arXiv 2404.10518). It sees
+no text, so one prediction serves every question about the picture. What the number means is `compress.py`'s business.
+
+Batch norm without mutable state: `mean` and `var` are ordinary leaves of the parameters. Training normalises by the batch
+and returns the batch's statistics beside the prediction, mirrored on the parameters' paths; `update_stats` blends them in.
+`fold` writes stored statistics into the convolutions, which is what inference and export run.
+
+Axes: B batch, S proxy side, H W feature rows and columns, C D channels in and out, K kernel side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float
+
+from hypervl_jax.config import VrcConfig
+from hypervl_jax.model.layers import Linear
+
+Params = dict[str, Any]
+Depthwise = Literal["shift", "conv"]
+Norm = Literal["stored", "batch", "folded"]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+EPS = 1e-5  # of the batch norm, as in PyTorch
+
+
+class Conv(NamedTuple):
+    """One convolution of the trunk: kernel side, channels out, stride; normalised, then ReLU if `act`."""
+
+    kernel: int
+    features: int
+    stride: int = 1
+    depthwise: bool = False
+    act: bool = True
+
+
+class Uir(NamedTuple):
+    """Universal inverted residual: [depthwise start] -> expand -> [depthwise mid] -> project; kernel 0 is absent."""
+
+    start: int
+    mid: int
+    expand: int
+    features: int
+    stride: int = 1
+
+
+TRUNK: tuple[Conv | Uir, ...] = (  # MobileNetV4-conv-small; halves the picture five times
+    Conv(3, 32, 2),
+    Conv(3, 32, 2), Conv(1, 32),
+    Conv(3, 96, 2), Conv(1, 64),
+    Uir(5, 5, 3, 96, 2), *[Uir(0, 3, 2, 96)] * 4, Uir(3, 0, 4, 96),
+    Uir(3, 3, 6, 128, 2), Uir(5, 5, 4, 128), Uir(0, 5, 4, 128), Uir(0, 5, 3, 128), *[Uir(0, 3, 4, 128)] * 2,
+    Conv(1, 960),
+)  # fmt: skip
+
+
+def make_divisible(channels: float, by: int = 8) -> int:
+    """The multiple of `by` nearest to `channels`, never more than a tenth below it (MobileNet's rounding)."""
+    rounded = max(by, int(channels + by / 2) // by * by)
+    return rounded + by if rounded < 0.9 * channels else rounded
+
+
+def scaled(multiplier: float) -> tuple[Conv | Uir, ...]:
+    """The trunk at a width multiplier."""
+    return tuple(block._replace(features=make_divisible(multiplier * block.features)) for block in TRUNK)
+
+
+def unfold(block: Uir, channels: int) -> dict[str, Conv]:
+    """The convolutions of an inverted residual by name; the stride falls on `mid`, or on `start` where there is none."""
+    wide = make_divisible(channels * block.expand)
+    convs = {
+        "start": Conv(block.start, channels, 1 if block.mid else block.stride, depthwise=True, act=False),
+        "expand": Conv(1, wide),
+        "mid": Conv(block.mid, wide, block.stride, depthwise=True),
+        "project": Conv(1, block.features, act=False),
+    }
+    return {name: conv for name, conv in convs.items() if conv.kernel}
+
+
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def convolve(x: Float[Array, "B H W C"], weight: Float[Array, "K K _ D"], stride: int = 1) -> Float[Array, "B _ _ D"]:
+    """The library's convolution, zero padded by K // 2 on each side (PyTorch's alignment at stride 2, not TensorFlow's).
+
+    Channels a group are read off the weight: `K K 1 C` is depthwise.
+    """
+    pad = weight.shape[0] // 2
+    return lax.conv_general_dilated(
+        x, weight, (stride, stride), [(pad, pad)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1] // weight.shape[2],
+    )  # fmt: skip
+
+
+def shift_multiply(x: Float[Array, "B H W C"], weight: Float[Array, "K K 1 C"], stride: int = 1) -> Float[Array, "B _ _ C"]:
+    """Depthwise `convolve` as a sum of K x K shifted multiples of the picture: XLA's own is many times slower on CPUs."""
+    (_, h, w, _), k = x.shape, weight.shape[0]
+    x = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    rows, cols = ((n - 1) // stride * stride + 1 for n in (h, w))
+    taps = ((i, j) for i in range(k) for j in range(k))
+    return sum(x[:, i : i + rows : stride, j : j + cols : stride] * weight[i, j, 0] for i, j in taps)  # pyright: ignore
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU: [B H W C] -> [B H' W' D], and the batch's statistics ({} unless norm is "batch")."""
+
+    conv: Conv
+    norm: Norm
+    depthwise: Depthwise
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B _ _ D"], Params]:
+        k, features, stride, depthwise, act = self.conv
+        shape = (k, k, 1 if depthwise else x.shape[-1], features)
+        weight = self.param("weight", nn.initializers.he_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        if k == 1:
+            x = x @ weight[0, 0]
+        else:
+            x = (shift_multiply if depthwise and self.depthwise == "shift" else convolve)(x, weight, stride)
+        stats = {}
+        if self.norm == "folded":
+            x = x + bias
+        else:
+            mean = self.param("mean", nn.initializers.zeros, (features,))
+            var = self.param("var", nn.initializers.ones, (features,))
+            scale = self.param("scale", nn.initializers.ones, (features,))
+            if self.norm == "batch":
+                mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+                stats = {"mean": mean, "var": var}
+            x = (x - mean) * (scale * lax.rsqrt(var + EPS)) + bias
+        return nn.relu(x) if act else x, stats
+
+
+class Residual(nn.Module):
+    """A universal inverted residual; the input is added back where shapes allow."""
+
+    block: Uir
+    norm: Norm
+    depthwise: Depthwise
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B _ _ D"], Params]:
+        y, stats = x, {}
+        for name, conv in unfold(self.block, x.shape[-1]).items():
+            y, stats[name] = ConvNorm(conv, self.norm, self.depthwise, name=name)(y)
+        return x + y if x.shape == y.shape else y, stats
+
+
+class Vrc(nn.Module):
+    """Proxy f32[B S S 3] in 0..1 -> predicted rescaled ratio alpha' f32[B], positive and unbounded above.
+
+    With `train` the result is (prediction, statistics of the batch). `folded` runs parameters that went through `fold`.
+    """
+
+    cfg: VrcConfig
+    train: bool = False
+    folded: bool = False
+    depthwise: Depthwise = "shift"
+
+    @nn.compact
+    def __call__(self, proxy: Float[Array, "B S S 3"]) -> Float[Array, " B"] | tuple[Float[Array, " B"], Params]:
+        if self.train and self.folded:
+            raise ValueError("folded parameters hold no batch norm to train: fold after training")
+        norm: Norm = "batch" if self.train else "folded" if self.folded else "stored"
+        x, stats = (proxy - jnp.array(MEAN)) / jnp.array(STD), {}
+        for i, block in enumerate(scaled(self.cfg.multiplier)):
+            name = f"block_{i}"
+            layer = Residual if isinstance(block, Uir) else ConvNorm
+            x, stats[name] = layer(block, norm, self.depthwise, name=name)(x)
+        x = rearrange(x, "b h w c -> b (h w) c")
+        where = nn.softmax(Linear(1, bias=False, name="pool")(x)[..., 0], axis=-1)  # one weight a position
+        x = jnp.einsum("bn,bnc->bc", where, x)
+        x = nn.relu(Linear(self.cfg.hidden, name="hidden")(x))
+        ratio = nn.softplus(Linear(1, name="out")(x)[..., 0])
+        return (ratio, stats) if self.train else ratio
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def update_stats(params: Params, stats: Params, momentum: float = 0.9) -> Params:
+    """`params` with every stored statistic moved to `momentum` x stored + (1 - momentum) x the batch's."""
+    return params | {
+        k: update_stats(params[k], v, momentum) if isinstance(v, dict) else momentum * params[k] + (1 - momentum) * v
+        for k, v in stats.items()
+    }
+
+
+def fold(params: Params) -> Params:
+    """Parameters for `Vrc(cfg, folded=True)`: every batch norm multiplied into its convolution."""
+    if "mean" in params:
+        gain = params["scale"] * lax.rsqrt(params["var"] + EPS)
+        return {"weight": params["weight"] * gain, "bias": params["bias"] - params["mean"] * gain}
+    return {k: fold(v) if isinstance(v, dict) else v for k, v in params.items()}
+
+
+def macs(cfg: VrcConfig) -> int:
+    """Multiply-accumulates of the trunk on one proxy; for the share of compute that choosing the ratio costs."""
+    total, side, channels = 0, cfg.side, 3
+    for block in scaled(cfg.multiplier):
+        for conv in unfold(block, channels).values() if isinstance(block, Uir) else (block,):
+            side = -(-side // conv.stride)
+            total += side**2 * conv.kernel**2 * (1 if conv.depthwise else channels) * conv.features
+            channels = conv.features
+    return total
