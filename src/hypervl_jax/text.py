@@ -67,27 +67,23 @@ class Tokenizer:
 
     def __init__(self, spec: Mapping[str, Any], name: str = "tokenizer"):
         """`spec` is the parsed `tokenizer.json`. Raises `TextError`, naming `name`, if it is not a byte-level BPE."""
-        try:
-            model, added = spec["model"], spec["added_tokens"]
-            self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
-            self._special = {token["id"] for token in added if token["special"]}
-            words = {word: i for word, i in model["vocab"].items() if word not in self._added}
-            byte_level = model["type"] == "BPE" and set(_BYTES) <= set(words) and set("".join(words)) <= set(_BYTES)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise TextError(f"{name}: not a tokenizer.json ({e!r}); write one with Tokenizer.save") from e
-        if not byte_level:
-            raise TextError(f"{name}: not a byte-level BPE tokenizer; the Qwen2 and Qwen3 ones are")
-        self._tokens = {i: bytes(map(_BYTES.__getitem__, word)) for word, i in words.items()}
-        self._tokens |= {i: word.encode() for word, i in self._added.items()}
-        if len(self._tokens) != len(words) + len(self._added):
-            raise TextError(f"{name}: two tokens share an id")
-        # The same tokenizer with every added token taken out, so that none can come out of a text, by construction.
-        plain = {**spec, "added_tokens": [], "model": {**model, "vocab": words}, "post_processor": None}
-        try:
-            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(plain | {"truncation": None, "padding": None}))
-        except Exception as e:  # the library raises bare Exception
-            raise TextError(f"{name}: not a usable tokenizer.json ({e})") from e
         self._spec, self._name = spec, name
+        try:
+            model = spec["model"]
+            self._added: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+            words = {word: i for word, i in model["vocab"].items() if word not in self._added}
+            if model["type"] != "BPE" or not set(_BYTES) <= set(words) or not set("".join(words)) <= set(_BYTES):
+                raise ValueError("no byte-level BPE, which those of Qwen2 and Qwen3 are")
+            self._tokens = {i: bytes(map(_BYTES.__getitem__, word)) for word, i in words.items()}
+            self._tokens |= {i: word.encode() for word, i in self._added.items()}
+            if len(self._tokens) != len(words) + len(self._added) or {type(i) for i in self._tokens} != {int}:
+                raise ValueError("ids must be integers, one a token")
+            # The same tokenizer with every added token taken out: none can come out of a text, by construction.
+            plain = {**spec, "model": {**model, "vocab": words}, "added_tokens": [], "post_processor": None}
+            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(plain | {"truncation": None, "padding": None}))
+        except Exception as e:  # a damaged file can fail anywhere above, and the library raises bare Exception
+            raise TextError(f"{name}: not a usable tokenizer.json ({type(e).__name__}: {e})") from e
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -134,7 +130,12 @@ class Tokenizer:
         return b"".join(map(self.token, ids)).decode("utf-8", "replace")
 
     def forbidden(self, vocab: int) -> Bool[np.ndarray, " V"]:
-        """Which ids of a model with `vocab` rows an answer must not hold: control tokens but the two ends, spare rows."""
+        """Which rows of a model's vocabulary an answer may not use: rows without token, control tokens but the ends.
+
+        Raises `TextError` if the model has fewer than `vocab_size` rows.
+        """
+        if vocab < self.vocab_size:
+            raise TextError(f"{self._name}: has {self.vocab_size} tokens, the model {vocab} rows: set LlmConfig.vocab")
         mask = np.array([i not in self._tokens or i in self._special for i in range(vocab)])
         mask[[self.special(IM_END), self.special(PAD)]] = False
         return mask
@@ -383,7 +384,7 @@ def pad(prompt: Prompt, length: int, pad_id: int) -> Prompt:
             f"the prompt needs {len(prompt.ids)} tokens, {visual} of them visual; the row holds {length}: raise "
             "DataConfig.lengths, or lower the ratio or PlanPolicy.max_tiles"
         )
-    fill = Prompt(pad_id, -1, False, 0, -1)  # type: ignore
+    fill = (pad_id, -1, False, 0, -1)
     return Prompt(*(np.pad(array, (0, more), constant_values=value) for array, value in zip(prompt, fill, strict=True)))
 
 
