@@ -1,0 +1,280 @@
+"""A JAX function and its parameters -> a `.tflite` file, and back to numbers through the LiteRT runtime.
+
+`jax.export` writes portable StableHLO and the stand-alone LiteRT converter lowers it; TensorFlow is not involved. This is
+the only file that knows the converter's (young) Python interface. Both tools come with the `export` extra and are
+imported when they are first needed, so everything else works where they have no wheels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+DENSE_LIMIT = 1 << 30  # bytes of parameters up to which constants are dense: folded and fused, but copied several times
+FOLD_BELOW = 1 << 16  # bytes of a leaf that stays dense even above DENSE_LIMIT: biases and norm gains fuse
+_TO_STABLEHLO = "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline,strip-debuginfo)"
+
+
+class ExportUnavailable(RuntimeError):
+    """The converter or the runtime is not installed here; everything but export works."""
+
+
+class ExportError(ValueError):
+    """A function that cannot be lowered, or a `.tflite` file that cannot be trusted; the message says which and why."""
+
+
+class Signature(NamedTuple):
+    """One entry point of a file: `fn(params, *args)` with a name for every array in `args` and in the result.
+
+    `args` are `jax.ShapeDtypeStruct`s, or trees of them; names follow the order of the leaves.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _extra(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ExportUnavailable(
+            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[export]' (the converter has wheels for "
+            "Linux x86-64 and macOS arm64 only, the runtime for more). Everything but export works here."
+        ) from e
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def to_tflite(path: str | Path, params: Any, signatures: Sequence[Signature]) -> list[str]:
+    """Write one file with all `signatures` over one copy of `params` and return its operators.
+
+    The functions must have static shapes, no loops (`scan`, `while_loop`: unroll them) and float32 or int32 parameters.
+    The file appears whole and checked (`check_ops`) or not at all. Raises `ExportError` naming what cannot be lowered,
+    `ExportUnavailable` without the converter.
+    """
+    path = Path(path)
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [np.asarray(leaf, order="C") for _, leaf in paths]  # kept alive until written: large ones are not copied
+    for (key, _), leaf in zip(paths, leaves, strict=True):
+        if leaf.dtype not in (np.float32, np.int32):
+            raise ExportError(f"{path.name}: parameter {jax.tree_util.keystr(key)} is {leaf.dtype}; cast it to float32")
+    if len({s.name for s in signatures}) != len(signatures) or not signatures:
+        raise ExportError(f"{path.name}: needs signatures of distinct names, got {[s.name for s in signatures]}")
+
+    exported = [_trace(path.name, s, tree, leaves) for s in signatures]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _convert(path.name, part, leaves, signatures, exported)
+        found = check_ops(part, path.name)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return found
+
+
+def _trace(file: str, s: Signature, tree: Any, leaves: list[np.ndarray]) -> Any:
+    spec = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves])
+    exported = jax.export.export(jax.jit(s.fn, keep_unused=True), platforms=["cpu"])(spec, *s.args)
+    for kind, names, avals in (
+        ("inputs", s.inputs, jax.tree.leaves(s.args)),
+        ("outputs", s.outputs, exported.out_avals),
+    ):
+        if len(set(names)) != len(names) or len(names) != len(avals):
+            raise ExportError(f"{file}: {s.name} has {len(avals)} {kind}, named {list(names)}")
+    return exported
+
+
+def _convert(file: str, part: Path, leaves: list[np.ndarray], signatures: Sequence[Signature], exported: list[Any]):
+    converter = _extra("litert_converter.mlir._mlir_libs.converter_api_ext")
+    ir, passes = _extra("litert_converter.mlir.ir"), _extra("litert_converter.mlir.passmanager")
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    try:
+        with context, ir.Location.unknown():
+            constants = _constants(ir, leaves)
+            modules = [_module(file, ir, passes, s, e, constants) for s, e in zip(signatures, exported, strict=True)]
+            for s, module in zip(signatures, modules, strict=True):
+                converter.set_signature(
+                    module.operation,
+                    signature_name=s.name,
+                    input_names=list(s.inputs),
+                    output_names=list(s.outputs),
+                )
+            settings = converter.ConvertToTFLConfig()
+            settings.enable_x64 = False
+            settings.canonicalizing_inf_as_min_max_float = False
+            merged = converter.merge_modules(modules)
+            converter.run_convert_to_tfl_passes(merged, passes.PassManager(), settings)
+            converter.export_flatbuffer_to_file(merged.operation, str(part))
+    except ExportError:
+        raise
+    except Exception as e:  # the converter raises several kinds, some without a word
+        raise ExportError(f"{file}: the converter refused it: {str(e).strip() or 'no reason given'}") from e
+
+
+def _module(file: str, ir: Any, passes: Any, s: Signature, exported: Any, constants: list[tuple[Any, Any]]) -> Any:
+    module = ir.Module.parse(exported.mlir_module_serialized)
+    passes.PassManager.parse(_TO_STABLEHLO).run(module.operation)
+    if never := sorted({"stablehlo.while", "stablehlo.sort"} & _operations(ir, module)):
+        raise ExportError(f"{file}: {s.name} contains {', '.join(never)}, which the runtime cannot run; unroll it")
+    _bind(ir, module, constants)
+    return module
+
+
+def _constants(ir: Any, leaves: list[np.ndarray]) -> list[tuple[Any, Any]]:
+    """(type, attribute) of each parameter, made once: signatures that share an attribute share the bytes of the file."""
+    dense = sum(x.nbytes for x in leaves) <= DENSE_LIMIT
+    kinds = {"float32": ir.F32Type.get(), "int32": ir.IntegerType.get_signless(32)}
+    out = []
+    for i, leaf in enumerate(leaves):
+        kind = ir.RankedTensorType.get(leaf.shape, kinds[str(leaf.dtype)])
+        if dense or leaf.nbytes < FOLD_BELOW:
+            out.append((kind, ir.DenseElementsAttr.get(leaf, type=kind)))
+        else:  # no copies, but nothing folds through: weights must already be [out, in]
+            out.append((kind, ir.DenseResourceElementsAttr.get_from_buffer(memoryview(leaf), f"w{i}", kind)))
+    return out
+
+
+def _bind(ir: Any, module: Any, constants: list[tuple[Any, Any]]) -> None:
+    """Replace the first arguments of `main`, the parameters, by constants."""
+    arith, func = _extra("litert_converter.mlir.dialects.arith"), _extra("litert_converter.mlir.dialects.func")
+    main = next(
+        o
+        for o in module.body.operations
+        if isinstance(o, func.FuncOp) and ir.StringAttr(o.attributes["sym_name"]).value == "main"
+    )
+    block, n = main.entry_block, len(constants)
+    with ir.InsertionPoint.at_block_begin(block):
+        for argument, constant in zip(list(block.arguments)[:n], constants, strict=True):
+            argument.replace_all_uses_with(arith.ConstantOp(*constant).results[0])
+    for i in reversed(range(n)):
+        block.erase_argument(i)
+    kind = ir.FunctionType.get(list(main.type.inputs)[n:], list(main.type.results))
+    main.attributes["function_type"] = ir.TypeAttr.get(kind)
+    for name in ("arg_attrs", "res_attrs"):  # they still count the parameters
+        if name in main.attributes:
+            del main.attributes[name]
+
+
+def _operations(ir: Any, module: Any) -> set[str]:
+    names: set[str] = set()
+
+    def visit(op: Any):
+        names.add(op.operation.name)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return names
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _verify(path: str | Path, name: str | None = None) -> Any:
+    """The whole model, unpacked with every offset checked before anything native maps the file."""
+    path, name = Path(path), name or str(path)
+    if not path.is_file():
+        raise ExportError(f"{name}: no such file")
+    size = path.stat().st_size
+    data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    if data[4:8].tobytes() != b"TFL3":
+        raise ExportError(f"{name}: not a .tflite file; export again")
+    schema = _extra("ai_edge_litert.schema_py_generated")
+    try:
+        model = schema.ModelT.InitFromPackedBuf(data)
+        outside = max((b.offset + b.size for b in model.buffers), default=0)  # buffers of models above 2 GB
+        if outside > size or not model.subgraphs:
+            raise ValueError("incomplete")
+    except Exception as e:  # whatever reading nonsense raises: struct.error, ValueError, IndexError, UnicodeDecodeError
+        raise ExportError(f"{name}: truncated or damaged .tflite file of {size} bytes; export again") from e
+    return model
+
+
+def _op_names(model: Any) -> list[str]:
+    schema = _extra("ai_edge_litert.schema_py_generated")
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
+    used = {op.opcodeIndex for graph in model.subgraphs for op in graph.operators or ()}
+    out = set()
+    for i in used:
+        c = model.operatorCodes[i]
+        code = max(c.builtinCode, c.deprecatedBuiltinCode)
+        custom = c.customCode.decode() if isinstance(c.customCode, bytes) else c.customCode
+        out.add(f"CUSTOM:{custom}" if names.get(code) == "CUSTOM" else names.get(code, f"UNKNOWN:{code}"))
+    return sorted(out)
+
+
+def ops(path: str | Path) -> list[str]:
+    """The operators a file uses, sorted, each once. Raises `ExportError` for a file that is not whole."""
+    return _op_names(_verify(path))
+
+
+def check_ops(path: str | Path, name: str | None = None) -> list[str]:
+    """`ops(path)`, all of them with a kernel in the plain runtime; raises `ExportError` naming those that have none."""
+    found = _op_names(_verify(path, name))
+    bad = [o for o in found if _needs_more(o)]
+    if bad:
+        raise ExportError(f"{name or path}: operators without a kernel on phones: {', '.join(bad)}")
+    return found
+
+
+def _needs_more(op: str) -> bool:
+    return op.startswith(("CUSTOM", "FLEX", "UNKNOWN", "DELEGATE")) or (
+        op.startswith("STABLEHLO_") and op != "STABLEHLO_COMPOSITE"
+    )
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A loaded file. `runner(signature, inputs)` runs one entry point; loading happens once.
+
+    Raises `ExportError` for a file that is not whole, a signature it lacks, and inputs that do not fit it.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        self.path = Path(path)
+        _verify(self.path)
+        interpreter = _extra("ai_edge_litert.interpreter").Interpreter
+        try:
+            self._interpreter = interpreter(model_path=str(self.path), num_threads=threads)
+            self.signatures: list[str] = list(self._interpreter.get_signature_list())
+            self._runners = {name: self._interpreter.get_signature_runner(name) for name in self.signatures}
+        except (RuntimeError, ValueError) as e:
+            raise ExportError(f"{self.path}: the runtime cannot load it: {e}") from e
+        self._expected = {
+            name: {k: (tuple(map(int, d["shape"])), np.dtype(d["dtype"])) for k, d in r.get_input_details().items()}
+            for name, r in self._runners.items()
+        }
+
+    def __call__(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Outputs by name; `inputs` by name, of exactly the exported shapes and dtypes."""
+        if signature not in self._runners:
+            raise ExportError(f"{self.path}: no signature {signature!r}; it has {', '.join(self.signatures)}")
+        arrays = {k: np.asarray(v, order="C") for k, v in inputs.items()}
+        given = {k: (v.shape, v.dtype) for k, v in arrays.items()}
+        if given != self._expected[signature]:
+            raise ExportError(
+                f"{self.path}: {signature} takes {_show(self._expected[signature])}; it was given {_show(given)}"
+            )
+        return self._runners[signature](**arrays)
+
+
+def _show(arrays: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    return ", ".join(f"{k} {dtype}[{' '.join(map(str, shape))}]" for k, (shape, dtype) in sorted(arrays.items()))
+
+
+def run(path: str | Path, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Load `path`, run one signature once; keep a `Runner` to run it again."""
+    return Runner(path)(signature, inputs)
