@@ -19,7 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsInt
 
 import numpy as np
 import tokenizers
@@ -65,7 +65,7 @@ _BYTES = _byte_letters()
 class Tokenizer:
     """A byte-level BPE tokenizer in the Hugging Face `tokenizer.json` layout. Made by `load` or `train_tokenizer`."""
 
-    def __init__(self, spec: Mapping[str, Any], name: str = "tokenizer"):
+    def __init__(self, spec: Any, name: str = "tokenizer"):
         """`spec` is the parsed `tokenizer.json`. Raises `TextError`, naming `name`, if it is not a byte-level BPE."""
         self._spec, self._name = spec, name
         try:
@@ -121,11 +121,11 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as e:
             raise TextError(f"cannot encode {text!r:.80}: text must be a str without lone surrogates") from e
 
-    def token(self, id: int) -> bytes:
+    def token(self, id: SupportsInt) -> bytes:
         """The bytes of one token, perhaps part of a character; U+FFFD for an id that is no token."""
         return self._tokens.get(int(id), b"\xef\xbf\xbd")
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of `ids`, special tokens by their names, U+FFFD for what is no UTF-8."""
         return b"".join(map(self.token, ids)).decode("utf-8", "replace")
 
@@ -397,7 +397,7 @@ def stack(prompts: Sequence[Prompt], length: int, pad_id: int) -> Prompt:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def strip_answer(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+def strip_answer(tokenizer: Tokenizer, ids: Iterable[SupportsInt]) -> str:
     """The text of generated ids up to the first <|im_end|> or <|endoftext|>, without white space around it."""
     stream = Stream(tokenizer)
     return ("".join(map(stream.push, ids)) + stream.finish()).strip()
@@ -412,7 +412,7 @@ class Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.done = False
 
-    def push(self, id: int) -> str:
+    def push(self, id: SupportsInt) -> str:
         """The characters that `id` completes, often none; nothing once the answer has ended."""
         self.done = self.done or int(id) in self._stops
         return "" if self.done else self._decoder.decode(self._tokenizer.token(id))
