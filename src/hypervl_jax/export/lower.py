@@ -1,7 +1,7 @@
 """A JAX function and its parameters -> a `.tflite` file, and back to numbers through the LiteRT runtime.
 
-`jax.export` writes portable StableHLO and the stand-alone LiteRT converter lowers it; TensorFlow is not involved. This is
-the only file that knows the converter's (young) Python interface. Both tools come with the `export` extra and are
+`jax.export` writes portable StableHLO and the stand-alone LiteRT converter lowers it; TensorFlow is not involved. This
+is the only file that knows the converter's (young) Python interface. Both tools come with the `export` extra and are
 imported when they are first needed, so everything else works where they have no wheels.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 DENSE_LIMIT = 1 << 30  # bytes of parameters up to which constants are dense: folded and fused, but copied several times
 FOLD_BELOW = 1 << 16  # bytes of a leaf that stays dense even above DENSE_LIMIT: biases and norm gains fuse
+Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 _TO_STABLEHLO = "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline,strip-debuginfo)"
 
 
@@ -47,8 +48,8 @@ def _extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         raise ExportUnavailable(
-            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[export]' (the converter has wheels for "
-            "Linux x86-64 and macOS arm64 only, the runtime for more). Everything but export works here."
+            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[export]' (the converter has wheels "
+            "for Linux x86-64 and macOS arm64 only, the runtime for more). Everything but export works here."
         ) from e
 
 
@@ -133,7 +134,7 @@ def _module(file: str, ir: Any, passes: Any, s: Signature, exported: Any, consta
 
 
 def _constants(ir: Any, leaves: list[np.ndarray]) -> list[tuple[Any, Any]]:
-    """(type, attribute) of each parameter, made once: signatures that share an attribute share the bytes of the file."""
+    """(type, attribute) of each parameter, made once: signatures that share an attribute share bytes in the file."""
     dense = sum(x.nbytes for x in leaves) <= DENSE_LIMIT
     kinds = {"float32": ir.F32Type.get(), "int32": ir.IntegerType.get_signless(32)}
     out = []
@@ -142,7 +143,7 @@ def _constants(ir: Any, leaves: list[np.ndarray]) -> list[tuple[Any, Any]]:
         if dense or leaf.nbytes < FOLD_BELOW:
             out.append((kind, ir.DenseElementsAttr.get(leaf, type=kind)))
         else:  # no copies, but nothing folds through: weights must already be [out, in]
-            out.append((kind, ir.DenseResourceElementsAttr.get_from_buffer(memoryview(leaf), f"w{i}", kind)))
+            out.append((kind, ir.DenseResourceElementsAttr.get_from_buffer(leaf.data, f"w{i}", kind)))
     return out
 
 
@@ -201,27 +202,51 @@ def _verify(path: str | Path, name: str | None = None) -> Any:
     return model
 
 
+class Contents(NamedTuple):
+    """What a file says of itself: operators, and dtype and shape of each signature's inputs and outputs by name."""
+
+    ops: list[str]
+    signatures: dict[str, tuple[Arrays, Arrays]]
+    min_runtime: str
+
+
+def inspect(path: str | Path, name: str | None = None) -> Contents:
+    """Read a file without running it. Raises `ExportError` for one that is not whole (called `name`, if given)."""
+    model = _verify(path, name)
+    signatures = {}
+    for s in model.signatureDefs or ():
+        tensors = model.subgraphs[s.subgraphIndex].tensors
+        signatures[s.signatureKey.decode()] = (_arrays(s.inputs, tensors), _arrays(s.outputs, tensors))
+    runtime = next((m.buffer for m in model.metadata or () if m.name == b"min_runtime_version"), None)
+    version = "" if runtime is None else model.buffers[runtime].data.tobytes().rstrip(b"\0").decode()
+    return Contents(_op_names(model), signatures, version)
+
+
+def _arrays(maps: Any, tensors: Any) -> Arrays:
+    types = {v: k.lower() for k, v in vars(_extra("ai_edge_litert.schema_py_generated").TensorType).items()}
+    found = ((m.name.decode(), tensors[m.tensorIndex]) for m in maps or ())
+    return {name: (types[t.type], tuple(int(n) for n in (() if t.shape is None else t.shape))) for name, t in found}
+
+
 def _op_names(model: Any) -> list[str]:
-    schema = _extra("ai_edge_litert.schema_py_generated")
-    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
-    used = {op.opcodeIndex for graph in model.subgraphs for op in graph.operators or ()}
+    operators = vars(_extra("ai_edge_litert.schema_py_generated").BuiltinOperator)
+    names = {code: name for name, code in operators.items() if isinstance(code, int)}
     out = set()
-    for i in used:
-        c = model.operatorCodes[i]
-        code = max(c.builtinCode, c.deprecatedBuiltinCode)
-        custom = c.customCode.decode() if isinstance(c.customCode, bytes) else c.customCode
-        out.add(f"CUSTOM:{custom}" if names.get(code) == "CUSTOM" else names.get(code, f"UNKNOWN:{code}"))
+    for i in {op.opcodeIndex for graph in model.subgraphs for op in graph.operators or ()}:
+        kind = model.operatorCodes[i]
+        code = max(kind.builtinCode, kind.deprecatedBuiltinCode)  # small codes are written in the old field
+        out.add(f"CUSTOM {kind.customCode!r}" if kind.customCode else names.get(code, f"UNKNOWN {code}"))
     return sorted(out)
 
 
 def ops(path: str | Path) -> list[str]:
     """The operators a file uses, sorted, each once. Raises `ExportError` for a file that is not whole."""
-    return _op_names(_verify(path))
+    return inspect(path).ops
 
 
 def check_ops(path: str | Path, name: str | None = None) -> list[str]:
     """`ops(path)`, all of them with a kernel in the plain runtime; raises `ExportError` naming those that have none."""
-    found = _op_names(_verify(path, name))
+    found = inspect(path, name).ops
     bad = [o for o in found if _needs_more(o)]
     if bad:
         raise ExportError(f"{name or path}: operators without a kernel on phones: {', '.join(bad)}")
@@ -245,34 +270,28 @@ class Runner:
 
     def __init__(self, path: str | Path, threads: int | None = None):
         self.path = Path(path)
-        _verify(self.path)
+        self._expected = {k: inputs for k, (inputs, _) in inspect(self.path).signatures.items()}
         interpreter = _extra("ai_edge_litert.interpreter").Interpreter
         try:
             self._interpreter = interpreter(model_path=str(self.path), num_threads=threads)
-            self.signatures: list[str] = list(self._interpreter.get_signature_list())
-            self._runners = {name: self._interpreter.get_signature_runner(name) for name in self.signatures}
+            self._runners = {name: self._interpreter.get_signature_runner(name) for name in self._expected}
         except (RuntimeError, ValueError) as e:
             raise ExportError(f"{self.path}: the runtime cannot load it: {e}") from e
-        self._expected = {
-            name: {k: (tuple(map(int, d["shape"])), np.dtype(d["dtype"])) for k, d in r.get_input_details().items()}
-            for name, r in self._runners.items()
-        }
 
     def __call__(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name; `inputs` by name, of exactly the exported shapes and dtypes."""
         if signature not in self._runners:
-            raise ExportError(f"{self.path}: no signature {signature!r}; it has {', '.join(self.signatures)}")
+            raise ExportError(f"{self.path}: no signature {signature!r}; it has {', '.join(self._runners)}")
         arrays = {k: np.asarray(v, order="C") for k, v in inputs.items()}
-        given = {k: (v.shape, v.dtype) for k, v in arrays.items()}
-        if given != self._expected[signature]:
-            raise ExportError(
-                f"{self.path}: {signature} takes {_show(self._expected[signature])}; it was given {_show(given)}"
-            )
+        given = {k: (str(v.dtype), v.shape) for k, v in arrays.items()}
+        expected = self._expected[signature]
+        if given != expected:
+            raise ExportError(f"{self.path}: {signature} takes {_show(expected)}; it was given {_show(given)}")
         return self._runners[signature](**arrays)
 
 
-def _show(arrays: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
-    return ", ".join(f"{k} {dtype}[{' '.join(map(str, shape))}]" for k, (shape, dtype) in sorted(arrays.items()))
+def _show(arrays: Arrays) -> str:
+    return ", ".join(f"{k} {dtype}[{' '.join(map(str, shape))}]" for k, (dtype, shape) in sorted(arrays.items()))
 
 
 def run(path: str | Path, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
