@@ -87,8 +87,10 @@ def load(
         raise
     except UnidentifiedImageError as e:
         raise ImageError(f"{name}: not a picture in a known format; convert it to PNG or JPEG ({_known()})") from e
-    except Image.DecompressionBombError as e:
-        raise ImageError(f"{name}: far more pixels than the limit of {max_pixels / 1e6:g} million; shrink it") from e
+    except Image.DecompressionBombError as e:  # Pillow's own limit, at 179 million unless the program changed it
+        raise ImageError(f"{name}: more pixels than Pillow opens (Image.MAX_IMAGE_PIXELS); shrink it") from e
+    except Exception as e:  # readers of damaged headers raise anything from OSError to IndexError; none may pass as is
+        raise ImageError(f"{name}: the file is damaged ({e}); download or save it again") from e
 
 
 def _read(path: Path, name: str, max_bytes: int) -> bytes:
@@ -117,8 +119,8 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> UInt8[np.ndarray,
         return _on_white(image)
     except ImageError:
         raise
-    except Exception as e:  # decoders of damaged data raise anything from OSError to IndexError; none may pass as is
-        raise ImageError(f"{name}: the file is damaged or cut short; download or save it again") from e
+    except Exception as e:  # so do decoders of damaged data
+        raise ImageError(f"{name}: can not be decoded, damaged or cut short ({e}); download or save it again") from e
 
 
 def _upright(image: Image.Image) -> Image.Image:

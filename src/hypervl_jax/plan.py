@@ -15,7 +15,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -114,7 +114,7 @@ class VisionPlan:
 
     # --- coordinates -------------------------------------------------------------------------------------------------
 
-    def to_text(self, points: Sequence[float], coords: int = 1000) -> tuple[int, ...]:
+    def to_text(self, points: Sequence[SupportsFloat], coords: int = 1000) -> tuple[int, ...]:
         """Pixels of the original picture (x, y) or a box (x0, y0, x1, y1) -> integers 0 .. coords - 1.
 
         Text coordinates are relative to the whole original picture, so they do not change with the ratio or the grid.
@@ -127,7 +127,7 @@ class VisionPlan:
             out.append(min(math.floor(p * coords / side), coords - 1))
         return tuple(out)
 
-    def to_pixels(self, points: Sequence[int], coords: int = 1000) -> tuple[float, ...]:
+    def to_pixels(self, points: Sequence[SupportsFloat], coords: int = 1000) -> tuple[float, ...]:
         """Integers 0 .. coords - 1 as written in the text -> pixels of the original picture (centres of grid cells).
 
         Raises `PlanError` for a number off the grid.
@@ -135,31 +135,35 @@ class VisionPlan:
         out = []
         for p, side in self._each(points):
             if not 0 <= p < coords:
-                raise PlanError(f"{p} is not a coordinate of this text: they run from 0 to {coords - 1}")
+                raise PlanError(f"{p:g} is not a coordinate of this text: they run from 0 to {coords - 1}")
             out.append((p + 0.5) * side / coords)
         return tuple(out)
 
-    def pixels_to_canvas(self, points: Sequence[float]) -> tuple[float, ...]:
+    def pixels_to_canvas(self, points: Sequence[SupportsFloat]) -> tuple[float, ...]:
         """Pixels of the original picture -> pixels of the model's canvas (pixel edges map to pixel edges)."""
         (h, w), (rh, rw), (top, left) = self.size, self.resized, self.offset
         scale, shift = (rw / w, rh / h), (left, top)
         return tuple(p * scale[i % 2] + shift[i % 2] for i, (p, _) in enumerate(self._each(points)))
 
-    def canvas_to_pixels(self, points: Sequence[float]) -> tuple[float, ...]:
+    def canvas_to_pixels(self, points: Sequence[SupportsFloat]) -> tuple[float, ...]:
         """The inverse of `pixels_to_canvas`."""
         (h, w), (rh, rw), (top, left) = self.size, self.resized, self.offset
         scale, shift = (w / rw, h / rh), (left, top)
         return tuple((p - shift[i % 2]) * scale[i % 2] for i, (p, _) in enumerate(self._each(points)))
 
-    def _each(self, points: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    def _each(self, points: Sequence[SupportsFloat]) -> Iterator[tuple[float, int]]:
         """Every number of x, y, x, y ... with the side of the picture it runs along."""
         if len(points) % 2 or not points:
             raise PlanError(f"expected (x, y) or (x0, y0, x1, y1), found {len(points)} numbers")
         height, width = self.size
         for i, p in enumerate(points):
-            if not math.isfinite(p):
-                raise PlanError(f"a coordinate must be a finite number, found {p}")
-            yield p, height if i % 2 else width
+            try:
+                value = float(p)
+            except OverflowError:  # an integer of hundreds of digits, as a model may write one
+                value = math.inf
+            if not math.isfinite(value):
+                raise PlanError("a coordinate must be a finite number")
+            yield value, height if i % 2 else width
 
     # --- JSON --------------------------------------------------------------------------------------------------------
 
@@ -178,11 +182,12 @@ class VisionPlan:
         """
         try:
             found = json.loads(text, object_pairs_hook=_no_duplicates)
-            policy = from_dict(PlanPolicy, found["policy"], "policy")
-            plan = make(found["size"], found["ratio"], policy)
+            if type(found["ratio"]) not in (int, float) or any(type(side) is not int for side in found["size"]):
+                raise TypeError
+            plan = make(found["size"], found["ratio"], from_dict(PlanPolicy, found["policy"], "policy"))
         except (ConfigError, PlanError) as e:
             raise PlanError(f"not a vision plan: {e}") from e
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as e:
             raise PlanError("not a vision plan: expected the JSON text that VisionPlan.to_json writes") from e
         found["ratio"] = plan.ratio  # 1 and 1.0 are the same number to other languages' writers
         wanted = json.loads(plan.to_json())
@@ -191,8 +196,8 @@ class VisionPlan:
         return plan
 
 
-def make(size: tuple[int, int], ratio: float = 1.0, policy: PlanPolicy | None = None) -> VisionPlan:
-    """The plan of a picture of `size` (height, width) shrunk to the area ratio `ratio`.
+def make(size: Sequence[SupportsIndex], ratio: SupportsFloat = 1.0, policy: PlanPolicy | None = None) -> VisionPlan:
+    """The plan of a picture of `size` (height, width) shrunk to the area ratio `ratio`; the default policy if None.
 
     `native_pad` keeps the picture's own size (never larger, smaller only by the ratio and the tile cap) and pads at the
     right and bottom; `grid_match` stretches it to the grid of nearest aspect (InternVL); `grid_pad` fits it, centred,
@@ -202,9 +207,10 @@ def make(size: tuple[int, int], ratio: float = 1.0, policy: PlanPolicy | None = 
     policy = policy or PlanPolicy()
     h, w = _checked_size(size)
     ratio = _checked_ratio(ratio)
-    if policy.max_tiles > _MAX_TILES:
-        raise PlanError(f"max_tiles is {policy.max_tiles}; at most {_MAX_TILES} are supported")
-    shrunk = (_scaled(h, math.sqrt(ratio), policy.min_side), _scaled(w, math.sqrt(ratio), policy.min_side))
+    if min(policy.tile, policy.patch, policy.merge) < 1 or policy.max_tiles > _MAX_TILES:
+        raise PlanError(f"tile, patch and merge must be at least 1 and max_tiles at most {_MAX_TILES}; found {policy}")
+    side_ratio = math.sqrt(ratio)
+    shrunk = _scaled(h, side_ratio, policy.min_side), _scaled(w, side_ratio, policy.min_side)
 
     resized, grid = {"native_pad": _native_pad, "grid_match": _grid_match, "grid_pad": _grid_pad}[policy.mode](
         shrunk, policy
@@ -304,7 +310,7 @@ def _touched(tile: Tile, unit: int) -> tuple[range, range]:
     return range(tile.top // unit, -(-bottom // unit)), range(tile.left // unit, -(-right // unit))
 
 
-def _checked_size(size: Sequence[int]) -> _Pair:
+def _checked_size(size: Sequence[SupportsIndex]) -> _Pair:
     try:
         h, w = (operator.index(s) for s in size)
     except (TypeError, ValueError):
@@ -314,10 +320,10 @@ def _checked_size(size: Sequence[int]) -> _Pair:
     return h, w
 
 
-def _checked_ratio(ratio: float) -> float:
+def _checked_ratio(ratio: SupportsFloat) -> float:
     try:
         value = float(ratio)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PlanError(f"a ratio is a number in (0, 1], found {ratio!r}") from None
     if not 0 < value <= 1:
         raise PlanError(f"a ratio is an area ratio in (0, 1], found {value}; pictures are never enlarged by it")
