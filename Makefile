@@ -30,7 +30,7 @@ parity: $(PARITY)
 $(PARITY): $(STAMP)
 	@if $(BIN)/python -c 'import torch, transformers' 2>/dev/null \
 		|| { $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-			&& $(BIN)/python -m pip install --quiet '$(TORCH)' && $(BIN)/python -m pip install --quiet --editable '.[parity]'; }; \
+			&& $(BIN)/python -m pip install --quiet '$(TORCH)' --editable '.[train,export,parity,dev]'; }; \
 	then touch $@; else echo "torch and transformers cannot be had here: the parity tests will skip"; fi
 
 quickstart: $(STAMP) ## train, evaluate and export a small model from scratch; writes quickstart/report.html (10 minutes)

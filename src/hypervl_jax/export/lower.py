@@ -182,8 +182,19 @@ def _operations(ir: Any, module: Any) -> set[str]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _verify(path: str | Path, name: str | None = None) -> Any:
-    """The whole model, unpacked with every offset checked before anything native maps the file."""
+class Contents(NamedTuple):
+    """What a file says of itself: operators, and dtype and shape of each signature's inputs and outputs by name."""
+
+    ops: list[str]
+    signatures: dict[str, tuple[Arrays, Arrays]]
+    min_runtime: str
+
+
+def inspect(path: str | Path, name: str | None = None) -> Contents:
+    """Read a file without running it. Raises `ExportError` for one that is not whole (called `name`, if given).
+
+    The whole model is unpacked, every offset checked, before anything native maps the file.
+    """
     path, name = Path(path), name or str(path)
     if not path.is_file():
         raise ExportError(f"{name}: no such file")
@@ -194,32 +205,17 @@ def _verify(path: str | Path, name: str | None = None) -> Any:
     schema = _extra("ai_edge_litert.schema_py_generated")
     try:
         model = schema.ModelT.InitFromPackedBuf(data)
-        outside = max((b.offset + b.size for b in model.buffers), default=0)  # buffers of models above 2 GB
-        if outside > size or not model.subgraphs:
-            raise ValueError("incomplete")
-    except Exception as e:  # whatever reading nonsense raises: struct.error, ValueError, IndexError, UnicodeDecodeError
+        if max(b.offset + b.size for b in model.buffers) > size:  # buffers of models above 2 GB lie behind the tables
+            raise ValueError("buffers outside the file")
+        signatures = {}
+        for s in model.signatureDefs or ():
+            tensors = model.subgraphs[s.subgraphIndex].tensors
+            signatures[s.signatureKey.decode()] = (_arrays(s.inputs, tensors), _arrays(s.outputs, tensors))
+        versions = [model.buffers[m.buffer] for m in model.metadata or () if m.name == b"min_runtime_version"]
+        version = versions[0].data.tobytes().rstrip(b"\0").decode() if versions else ""
+        return Contents(_op_names(model), signatures, version)
+    except Exception as e:  # whatever reading nonsense raises: struct.error, ValueError, IndexError, TypeError ...
         raise ExportError(f"{name}: truncated or damaged .tflite file of {size} bytes; export again") from e
-    return model
-
-
-class Contents(NamedTuple):
-    """What a file says of itself: operators, and dtype and shape of each signature's inputs and outputs by name."""
-
-    ops: list[str]
-    signatures: dict[str, tuple[Arrays, Arrays]]
-    min_runtime: str
-
-
-def inspect(path: str | Path, name: str | None = None) -> Contents:
-    """Read a file without running it. Raises `ExportError` for one that is not whole (called `name`, if given)."""
-    model = _verify(path, name)
-    signatures = {}
-    for s in model.signatureDefs or ():
-        tensors = model.subgraphs[s.subgraphIndex].tensors
-        signatures[s.signatureKey.decode()] = (_arrays(s.inputs, tensors), _arrays(s.outputs, tensors))
-    runtime = next((m.buffer for m in model.metadata or () if m.name == b"min_runtime_version"), None)
-    version = "" if runtime is None else model.buffers[runtime].data.tobytes().rstrip(b"\0").decode()
-    return Contents(_op_names(model), signatures, version)
 
 
 def _arrays(maps: Any, tensors: Any) -> Arrays:
@@ -287,7 +283,10 @@ class Runner:
         expected = self._expected[signature]
         if given != expected:
             raise ExportError(f"{self.path}: {signature} takes {_show(expected)}; it was given {_show(given)}")
-        return self._runners[signature](**arrays)
+        try:
+            return self._runners[signature](**arrays)
+        except (RuntimeError, ValueError) as e:
+            raise ExportError(f"{self.path}: {signature} cannot run: {e}") from e
 
 
 def _show(arrays: Arrays) -> str:
