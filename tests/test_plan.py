@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervl_jax import plan as plans
@@ -79,6 +79,7 @@ def test_golden_vectors():
         assert json.dumps(found, sort_keys=True) == expected.to_json()
 
 
+@settings(deadline=None)
 @given(sizes, ratios, policies)
 def test_promises(size, ratio, policy):
     p = make(size, ratio, policy)
@@ -109,21 +110,21 @@ def native_promises(p: VisionPlan) -> None:
     (h, w), (rh, rw), policy = p.size, p.resized, p.policy
     assert rh <= h  # never larger
     assert rw <= w
-    capped = math.ceil(h * p.ratio**0.5 / policy.tile) * math.ceil(w * p.ratio**0.5 / policy.tile) > policy.max_tiles
+    shrunk = [max(min(side, policy.min_side), math.floor(side * p.ratio**0.5 + 0.5)) for side in p.size]
+    capped = math.prod(math.ceil(side / policy.tile) for side in shrunk) > policy.max_tiles
+    assert capped or shrunk == [rh, rw]
     floor = min(policy.min_side, policy.tile) if capped else policy.min_side
     assert rh >= min(h, floor)
     assert rw >= min(w, floor)
     if rh > floor and rw > floor:  # no side held at the minimum: the aspect is kept to the pixel
         assert abs(rh - h * rw / w) < 1 + h / w
         assert min(abs(rh - h * rw / w), abs(rw - w * rh / h)) < 1
-        if not capped:
-            assert abs(rh - h * p.ratio**0.5) <= 0.5 + 1e-6
-            assert abs(rw - w * p.ratio**0.5) <= 0.5 + 1e-6
     if policy.drop_pad and p.thumb is None:
         cells = rh / policy.cell, rw / policy.cell
         assert math.prod(cells) <= p.tokens <= math.prod(cells) + sum(cells) + 1
 
 
+@settings(deadline=None)
 @given(sizes, ratios, policies, st.floats(0, 1), st.floats(0, 1), st.sampled_from([1, 100, 1000]))
 def test_coordinates_round_trip(size, ratio, policy, fx, fy, coords):
     p = make(size, ratio, policy)
@@ -181,6 +182,7 @@ def oracle_pad(h, w, t, most):
     return kept, max(kept.values())
 
 
+@settings(deadline=None)
 @given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(1, 12))
 def test_grid_modes_against_oracles(size, most):
     policy = replace(SMALL, max_tiles=most)

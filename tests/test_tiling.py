@@ -22,7 +22,7 @@ def picture(plan, dtype=np.uint8):
     return rng.integers(1, 256, (*plan.resized, 3)).astype(dtype)  # never 0, so padding shows
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.integers(1, 150), st.integers(1, 150)),
     st.floats(0.1, 1),

@@ -2,8 +2,8 @@
 
 One decode policy for train, serve, evaluate and export (`load`):
 
-* Formats: PNG, JPEG (MPO too), GIF, WebP, AVIF, TIFF, BMP, PPM. Others are refused: some of Pillow's readers start
-  programs (EPS) or are seldom tested.
+* Formats: PNG, JPEG (a phone's MPO too), GIF, WebP, AVIF, TIFF, BMP, PPM. Others are refused: some of Pillow's readers
+  start programs (EPS), some are seldom tested.
 * Orientation (EXIF, or XMP) is applied. Unreadable metadata counts as upright, as in every viewer.
 * Transparency (alpha channel, palette entry, key colour) is composited on white.
 * Animations and multi-page files give the first frame.
@@ -30,7 +30,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from hypervl_jax.plan import VisionPlan
 from hypervl_jax.tiling import tile
 
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM")
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000
 
