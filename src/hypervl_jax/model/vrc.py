@@ -184,7 +184,26 @@ class Vrc(nn.Module):
         return (ratio, stats) if self.train else ratio
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def init(key: Array, cfg: VrcConfig) -> Params:
+    """Random weights (He), unit batch norms. Same tree as `Vrc(cfg).init`, whose sixty draws take a minute to compile:
+    here all numbers come out of one small loop."""
+    proxy = jax.ShapeDtypeStruct((1, cfg.side, cfg.side, 3), jnp.float32)
+    leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(Vrc(cfg).init, key, proxy)["params"])
+    sizes = [leaf.size if path[-1].key == "weight" else 0 for path, leaf in leaves]
+    keys = jax.random.split(key, -(-sum(sizes) // 4096))
+    normal = lax.map(lambda k: jax.random.normal(k, (4096,)), keys).reshape(-1)
+    out, at = [], 0
+    for (path, leaf), size in zip(leaves, sizes, strict=True):
+        if size:
+            fan_in = size // leaf.shape[-1 if leaf.ndim == 4 else 0]  # convolutions are K K in out, linear layers out in
+            out.append(normal[at : at + size].reshape(leaf.shape) * (2 / fan_in) ** 0.5)
+            at += size
+        else:
+            out.append(jnp.full(leaf.shape, float(path[-1].key in ("scale", "var"))))
+    return jax.tree.unflatten(tree, out)
 
 
 def update_stats(params: Params, stats: Params, momentum: float = 0.9) -> Params:
