@@ -203,7 +203,7 @@ def _plate(canvas: np.ndarray, box: Box, colour: np.ndarray, radius: float) -> N
 
 def _concepts(rng: Generator, cfg: ScreensConfig) -> list[int]:
     """What to show: different things, or one of them two to four times."""
-    count = int(rng.integers(1, cfg.max_things + 1))
+    count = 1 + int(cfg.max_things * rng.random() ** 1.4)  # few, large things as often as many small ones
     chosen = rng.permutation(cfg.concepts)[:count].tolist()
     if "count" in cfg.tasks and cfg.max_things >= 2 and rng.random() < REPEATS:
         times = int(rng.integers(2, min(4, cfg.max_things) + 1))
@@ -217,13 +217,15 @@ def _pictures(
 ) -> list[Thing]:
     concepts = _concepts(rng, cfg)
     side = min(canvas.shape[:2])
-    low, high = min(PICTURE[0], 0.7 * side), min(PICTURE[1], 0.7 * side)
+    room = (0.45 * canvas.shape[0] * canvas.shape[1] / len(concepts)) ** 0.5
+    low = min(PICTURE[0], 0.7 * side)
+    high = max(low, min(PICTURE[1], 0.7 * side, room))
     typical = np.exp(rng.uniform(np.log(low), np.log(high)))  # of this screen, so that some have only large pictures
     things = []
     for concept in concepts:
         artists = assets.artists_of(concept, split)
         artist = artists[rng.integers(len(artists))]
-        for shrink in (1.0, 0.75, 0.55):
+        for shrink in (1.0, 0.6):
             size = float(np.clip(typical * rng.uniform(0.8, 1.25) * shrink, low, high))
             rgba = _drawing(rng, assets.art[concept, artist], size, vary=split == "train")
             spot = _place(rng, canvas, rgba.shape[:2], taken)
@@ -257,7 +259,7 @@ def _drawing(rng: Generator, art: Image.Image, size: float, vary: bool) -> np.nd
     image = image.crop(image.getbbox())
     rgba = np.asarray(image).astype(np.float32)
     rgba[..., 3] /= 255
-    mix = np.diag(rng.uniform(0.92, 1.08, 3)) * rng.uniform(0.88, 1.1)
+    mix = np.diag(rng.uniform(0.92, 1.08, 3) * rng.uniform(0.88, 1.1))
     if vary and rng.random() < 0.6:
         mix = mix @ _recolour(rng)
     rgba[..., :3] = np.clip(rgba[..., :3] @ mix.T.astype(np.float32), 0, 255 * rgba[..., 3:])
@@ -280,7 +282,7 @@ def _number(
 ) -> tuple[Thing, float]:
     """Write one number, handwritten or printed, on a plate that keeps it legible. Returns it and its digit height."""
     held = int(split.startswith("test"))
-    hand = rng.random() < 0.4
+    hand = rng.random() < 0.35
     low, high = HAND if hand else PRINT
     fonts = assets.fonts[held]
     font = "hand" if hand else list(fonts)[rng.integers(len(fonts))]
