@@ -1,8 +1,8 @@
 """Phone-like screens composed of drawings and numbers, with questions whose answers are known exactly.
 
-One screen is a function of (generator, assets, config, split). Every split is composed alike; what differs is whose art,
-whose handwriting and which fonts it shows (`Assets`), and that training drawings are also varied in hue and shape, as an
-unseen artist's are.
+One screen is a function of (generator, assets, config, split). Every split is composed alike; what differs is whose
+art, whose handwriting and which fonts it shows (`Assets`), and that training drawings are also varied in hue and shape,
+as an unseen artist's are.
 
 H, W image; boxes (x0, y0, x1, y1) in pixels, the end outside; colours 0..255.
 """
@@ -187,7 +187,8 @@ def _visible(alpha: np.ndarray, origin: tuple[float, float]) -> Box:
     """The tight box of what a person sees, moved to `origin` (x, y)."""
     seen = alpha > 0.15
     x, y = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
-    return (origin[0] + x[0], origin[1] + y[0], origin[0] + x[-1] + 1.0, origin[1] + y[-1] + 1.0)
+    ends = (origin[0] + x[0], origin[1] + y[0], origin[0] + x[-1] + 1, origin[1] + y[-1] + 1)
+    return tuple(float(v) for v in ends)  # type: ignore
 
 
 def _plate(canvas: np.ndarray, box: Box, colour: np.ndarray, radius: float) -> None:
@@ -247,7 +248,7 @@ def _pictures(
 
 
 def _drawing(rng: Generator, art: Image.Image, size: float, vary: bool) -> np.ndarray:
-    """f32[h w 4], colour times alpha (0..255) and alpha (0..1): resized, turned, perhaps mirrored, slightly recoloured."""
+    """f32[h w 4], colour times alpha (0..255) and alpha (0..1): resized, turned, perhaps mirrored, recoloured."""
     stretch = rng.uniform(-0.15, 0.15) if vary else 0.0
     box = art.getbbox() or (0, 0, *art.size)
     scale = size / max(box[2] - box[0], box[3] - box[1])
@@ -277,9 +278,7 @@ def _recolour(rng: Generator) -> np.ndarray:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _number(
-    rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, taken: list[Box]
-) -> tuple[Thing, float]:
+def _number(rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, taken: list[Box]) -> tuple[Thing, float]:
     """Write one number, handwritten or printed, on a plate that keeps it legible. Returns it and its digit height."""
     held = int(split.startswith("test"))
     hand = rng.random() < 0.35

@@ -1,0 +1,165 @@
+"""The composed screens as a tensorflow-datasets builder, stored as array_record and read without TensorFlow.
+
+`build` prepares every split once; `source` gives random access to one. A prepared set is named by its settings, by the
+archive of drawings and by the code that composes, so that a stale one is never read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import ScreensConfig, config_hash
+from . import assets as archive
+from . import screens
+from .assets import SPLITS, Assets, Split
+from .screens import Question, Screen, Thing
+
+try:
+    import tensorflow_datasets as tfds
+except ImportError as e:
+    raise ImportError("preparing screens needs tensorflow-datasets: pip install 'hypervl_jax[train]'") from e
+
+
+@functools.cache
+def _origin() -> str:
+    """What a screen depends on besides its settings: the archive and the composing code."""
+    digest = hashlib.sha256(archive.PATH.read_bytes())
+    digest.update(Path(screens.__file__).read_bytes())
+    return digest.hexdigest()
+
+
+def name_of(cfg: ScreensConfig) -> str:
+    """The prepared set's name: the config's own and a hash of all it was made from."""
+    return f"{cfg.name}-{hashlib.sha256((config_hash(cfg) + _origin()).encode()).hexdigest()[:12]}"
+
+
+class ScreensBuilderConfig(tfds.core.BuilderConfig):
+    """A `ScreensConfig` under the name TFDS stores it by."""
+
+    def __init__(self, screens_config: ScreensConfig, progress: bool = True):
+        super().__init__(name=name_of(screens_config), version="1.0.0", description=str(screens_config))
+        self.screens, self.progress = screens_config, progress
+
+
+class Screens(tfds.core.GeneratorBasedBuilder):
+    """`Screens(config=ScreensBuilderConfig(cfg), data_dir=..., file_format="array_record")`; or use `build`.
+
+    A record: image (PNG, u8[H W 3]); meta, JSON of things, questions, artist and digit height. The (height, width) of
+    all records of a split are in `info.metadata["sizes"][split]`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [ScreensBuilderConfig(ScreensConfig())]  # noqa: RUF012 - TFDS's interface
+
+    @property
+    def _screens(self) -> ScreensBuilderConfig:
+        assert isinstance(self.builder_config, ScreensBuilderConfig)
+        return self.builder_config
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"image": tfds.features.Image(shape=(None, None, 3)), "meta": tfds.features.Text()}
+        return self.dataset_info_from_configs(
+            description=__doc__,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(sizes={}),
+            disable_shuffling=True,  # record i is screen i
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {s: self._generate_examples(s) for s in SPLITS if getattr(self._screens.screens, s)}
+
+    def _generate_examples(self, split: Split):
+        cfg, assets = self._screens.screens, Assets.load()
+        sizes: list[list[int]] = []
+        bar = tqdm(range(getattr(cfg, split)), f"screens {split}", disable=not self._screens.progress, leave=False)
+        for i in bar:
+            screen = screens.record(assets, cfg, split, i)
+            sizes.append(list(screen.image.shape[:2]))
+            yield i, {"image": io.BytesIO(_png(screen.image)), "meta": json.dumps(_meta(screen))}
+        self.info.metadata["sizes"][split] = sizes  # type: ignore
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _meta(screen: Screen) -> dict[str, Any]:
+    return {
+        "things": [t._asdict() for t in screen.things],
+        "questions": [q._asdict() for q in screen.questions],
+        "artist": screen.artist,
+        "digit_height": screen.digit_height,
+    }
+
+
+def _box(value: list[float] | None) -> Any:
+    return None if value is None else tuple(value)
+
+
+class ScreenSource:
+    """Random access to one prepared split: `source[i]` is a `Screen`; `sizes` i32[n 2] are (height, width)."""
+
+    def __init__(self, builder: Screens, split: Split):
+        self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})  # type: ignore
+        self.sizes = np.array(builder.info.metadata["sizes"][split], np.int32).reshape(-1, 2)  # type: ignore
+        self.name = f"{builder.builder_config.name}/{split}"  # type: ignore
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Screen:
+        record: Any = self._records[int(index)]
+        meta = json.loads(record["meta"])
+        return Screen(
+            np.asarray(Image.open(io.BytesIO(record["image"]))),
+            tuple(Thing(**{**t, "box": _box(t["box"])}) for t in meta["things"]),
+            tuple(Question(**{**q, "box": _box(q["box"])}) for q in meta["questions"]),
+            meta["artist"],
+            meta["digit_height"],
+        )
+
+    def __repr__(self) -> str:
+        return f"ScreenSource({self.name}, {len(self)} screens)"
+
+
+def _builder(cfg: ScreensConfig, data_dir: Path | str, progress: bool) -> Screens:
+    screens.check(Assets.load(), cfg)
+    config = ScreensBuilderConfig(cfg, progress)
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that is not in BUILDER_CONFIGS
+    try:
+        return Screens(config=config, data_dir=str(Path(data_dir).expanduser()), file_format="array_record")
+    finally:
+        logging.set_verbosity(level)
+
+
+def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> dict[Split, ScreenSource]:
+    """Every split of `cfg` with at least one screen, prepared under `data_dir` unless it is there already.
+
+    An interrupted preparation leaves nothing that would be taken for a prepared set. Raises `ScreenError` for settings
+    that no screen can satisfy.
+    """
+    builder = _builder(cfg, data_dir, progress)
+    tfds.disable_progress_bar()  # one bar a split, ours
+    builder.download_and_prepare()
+    return {s: ScreenSource(builder, s) for s in SPLITS if getattr(cfg, s)}
+
+
+def source(cfg: ScreensConfig, data_dir: Path | str, split: Split) -> ScreenSource:
+    """One prepared split. Raises `FileNotFoundError` if `build` has not been run for these settings."""
+    builder = _builder(cfg, data_dir, progress=False)
+    if not builder.is_prepared():
+        raise FileNotFoundError(f"{builder.data_path}: not prepared; run build(cfg, {str(data_dir)!r}) first")
+    return ScreenSource(builder, split)
