@@ -160,8 +160,8 @@ class DataConfig:
     batch: int = 32  # screens a step
     shrink_prob: float = 0.3  # training screens shown at a random area ratio ...
     shrink_min: float = 0.1  # ... uniform in [shrink_min, 1]
-    tile_buckets: tuple[int, ...] = (1, 3, 5, 7)  # a batch holds screens of one bucket; thumbnail counted
-    lengths: tuple[int, ...] = (128, 224, 304, 400)  # sequence length of each bucket
+    tile_buckets: tuple[int, ...] = (1, 3, 5)  # a batch holds screens of one bucket; thumbnail counted
+    lengths: tuple[int, ...] = (112, 208, 272)  # sequence length of each bucket
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ class TrainConfig:
     b1: float = 0.9
     b2: float = 0.95
     seed: int = 0
+    scan: bool = True  # one compiled layer body; False unrolls it: slower to compile, faster steps on CPU
+    remat: bool = False
     log_every: int = 10
     save_every: int = 500
     keep: int = 2
@@ -252,12 +254,12 @@ def tiny() -> Config:
 
 
 def nano() -> Config:
-    """The model whose weights ship: about 3.5 M parameters, screens of up to seven tiles."""
+    """The model whose weights ship: about 3.5 M parameters, screens of up to five tiles."""
     model = _model(
         96, 8, (96, 4, 3), (144, 6, 4),
         llm=LlmConfig(vocab=512, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp=384),
         vrc=VrcConfig(multiplier=0.35, side=192, hidden=128),
-        policy=PlanPolicy(tile=96, patch=8, max_tiles=6, min_side=16),
+        policy=PlanPolicy(tile=96, patch=8, max_tiles=4, min_side=16),
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
     return Config("nano", model)

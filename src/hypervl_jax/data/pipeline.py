@@ -1,0 +1,180 @@
+"""Screens -> batches. Which screens make up step s, and how far each is shrunk, is a pure function of the seed, so to
+resume is to start at s. Grain runs the loading in threads.
+
+Axes: B screens, N tiles, T tile side, P patches, M tokens a tile, F = N M, L sequence, K things.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from hypervl_jax import image, plan, text
+from hypervl_jax.config import DataConfig, PlanPolicy, TextConfig
+from hypervl_jax.data.screens import Screen, Thing
+from hypervl_jax.plan import VisionPlan
+from hypervl_jax.text import Tokenizer
+
+DIGITS = tuple("0123456789")
+LEGIBLE = 10  # pixels a side, as shown: smaller things are not asked for by the image-name term
+
+
+class Source(Protocol):
+    """Random access to screens, and their (height, width) without decoding."""
+
+    sizes: np.ndarray
+
+    def __getitem__(self, index: int) -> Screen: ...
+    def __len__(self) -> int: ...
+
+
+class Batch(NamedTuple):
+    """One step's worth. `names` and `weights` are the image-name term's: the class of each thing (-1: none) and the
+    share of its box in each cell."""
+
+    tiles: np.ndarray  # u8[B N T T 3]
+    mask: np.ndarray  # bool[B N P], patches that touch real pixels
+    ids: np.ndarray  # i32[B L]
+    slots: np.ndarray  # i32[B L]
+    loss: np.ndarray  # bool[B L]
+    positions: np.ndarray  # i32[B L]
+    segments: np.ndarray  # i32[B L]
+    names: np.ndarray  # i32[B K]
+    weights: np.ndarray  # f32[B K F]
+
+
+class BatchSpec(NamedTuple):
+    """Screens of one bucket, so that shapes come from a short list."""
+
+    bucket: int
+    indices: tuple[int, ...]
+    ratios: tuple[float, ...]
+
+
+@functools.lru_cache(maxsize=65_536)
+def _plan(size: tuple[int, int], ratio: float, policy: PlanPolicy) -> VisionPlan:
+    return plan.make(size, ratio, policy)
+
+
+def bucket_of(tiles: int, cfg: DataConfig) -> int:
+    """The first bucket that holds `tiles`. Raises `ValueError` naming the setting if none does."""
+    for i, size in enumerate(cfg.tile_buckets):
+        if tiles <= size:
+            return i
+    raise ValueError(f"a screen needs {tiles} tiles, data.tile_buckets end at {cfg.tile_buckets[-1]}")
+
+
+def schedule(sizes: np.ndarray, cfg: DataConfig, policy: PlanPolicy, seed: int, steps: int) -> list[BatchSpec]:
+    """The first `steps` batches. Each epoch is a new permutation with new random ratios, cut into batches within
+    buckets; a bucket's remainder opens the next epoch."""
+    if len(sizes) == 0:
+        raise ValueError("the data set is empty")
+    rng, out = np.random.default_rng([seed, 1]), []
+    waiting: list[list[tuple[int, float]]] = [[] for _ in cfg.tile_buckets]
+    while len(out) < steps:
+        epoch = []
+        shrink = rng.random(len(sizes)) < cfg.shrink_prob
+        ratios = np.where(shrink, rng.uniform(cfg.shrink_min, 1, len(sizes)), 1.0)
+        for i in rng.permutation(len(sizes)):
+            ratio = round(float(ratios[i]), 3)
+            b = bucket_of(_plan(tuple(map(int, sizes[i])), ratio, policy).n_tiles, cfg)
+            waiting[b].append((int(i), ratio))
+            if len(waiting[b]) == cfg.batch:
+                indices, kept = zip(*waiting[b], strict=True)
+                epoch.append(BatchSpec(b, indices, kept))
+                waiting[b] = []
+        out += [epoch[j] for j in rng.permutation(len(epoch))]
+    return out[:steps]
+
+
+def collate(
+    screens: Sequence[Screen],
+    plans: Sequence[VisionPlan],
+    prompts: Sequence[text.Prompt],
+    cfg: DataConfig,
+    bucket: int,
+    pad_id: int,
+    classes: Sequence[str] = (),
+) -> Batch:
+    """Screens with their plans and prompts, padded to the shapes of `bucket`."""
+    n, policy = cfg.tile_buckets[bucket], plans[0].policy
+    tiles = np.zeros((len(screens), n, policy.tile, policy.tile, 3), np.uint8)
+    mask = np.zeros((len(screens), n, policy.patches_per_side**2), bool)
+    index = {c: i for i, c in enumerate(classes)}
+    things = 2 * (cfg.screens.max_things + 4)  # each also as the thumbnail shows it; a number has at most 4 digits
+    names = np.full((len(screens), things), -1, np.int32)
+    weights = np.zeros((len(screens), things, n * policy.tokens_per_tile), np.float32)
+    for b, (screen, p) in enumerate(zip(screens, plans, strict=True)):
+        tiles[b, : p.n_tiles] = image.prepare(screen.image, p)
+        mask[b, : p.n_tiles] = p.patch_mask()
+        if classes:
+            shown = [s for t in screen.things for s in _shares(t, p, index)][:things]
+            for k, (name, share) in enumerate(shown):
+                names[b, k] = name
+                weights[b, k, : share.size] = share
+    return Batch(tiles, mask, *text.stack(prompts, cfg.lengths[bucket], pad_id), names, weights)
+
+
+def batches(
+    source: Source,
+    cfg: DataConfig,
+    policy: PlanPolicy,
+    text_cfg: TextConfig,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    seed: int,
+    steps: int,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """Training batches of steps `start` .. `steps` - 1, loaded ahead in threads by Grain."""
+    import grain.python as grain
+
+    def load(spec: BatchSpec) -> Batch:
+        screens = [source[i] for i in spec.indices]
+        plans = [_plan(s.image.shape[:2], r, policy) for s, r in zip(screens, spec.ratios, strict=True)]
+        prompts = [
+            text.render_questions(p, [(q.text, q.answer) for q in s.questions], tokenizer, text_cfg)
+            for s, p in zip(screens, plans, strict=True)
+        ]
+        return collate(screens, plans, prompts, cfg, spec.bucket, tokenizer.special(text.PAD), classes)
+
+    specs = schedule(source.sizes, cfg, policy, seed, steps)[start:]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=6)
+    return iter(grain.MapDataset.source(specs).map(load).to_iter_dataset(options))
+
+
+def _shares(thing: Thing, p: VisionPlan, index: dict[str, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(class, f32[F]) of what is legible of a thing: in the tiles together, and again in the thumbnail. A number counts
+    as its digits, side by side."""
+    parts = [(thing.concept, thing.box)]
+    if thing.kind == "digit":
+        x0, y0, x1, y1 = thing.box
+        edges = np.linspace(x0, x1, len(thing.concept) + 1)
+        parts = [(d, (l, y0, r, y1)) for d, l, r in zip(thing.concept, edges, edges[1:], strict=False)]
+    side, per, cell = p.policy.cells_per_side, p.policy.tokens_per_tile, p.policy.cell
+    for name, box in parts:
+        if name not in index:
+            continue
+        x0, y0, x1, y1 = p.pixels_to_canvas(box)
+        if max(x1 - x0, y1 - y0) >= LEGIBLE:
+            rows, cols = _overlap(y0, y1, p.grid[0] * side, cell), _overlap(x0, x1, p.grid[1] * side, cell)
+            grid = np.outer(rows, cols).reshape(p.grid[0], side, p.grid[1], side).transpose(0, 2, 1, 3).reshape(-1)
+            yield index[name], (grid / grid.sum()).astype(np.float32)
+        if p.thumb is not None:
+            last, (h, w) = p.tiles[-1], p.size
+            x0, x1 = (x * last.width / w + last.left for x in (box[0], box[2]))
+            y0, y1 = (y * last.height / h + last.top for y in (box[1], box[3]))
+            if max(x1 - x0, y1 - y0) >= LEGIBLE:
+                grid = np.outer(_overlap(y0, y1, side, cell), _overlap(x0, x1, side, cell)).reshape(-1)
+                share = np.zeros(p.n_tiles * per, np.float32)
+                share[-per:] = grid / grid.sum()
+                yield index[name], share
+
+
+def _overlap(start: float, stop: float, cells: int, cell: int) -> np.ndarray:
+    """f32[cells]: pixels of [start, stop) in each cell of an axis."""
+    edges = np.arange(cells + 1) * cell
+    return np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None) + 1e-9

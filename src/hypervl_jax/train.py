@@ -1,0 +1,197 @@
+"""Training of both branches under one decoder: the step as a pure function of (state, batch), and its loop.
+
+Stage 0 teaches the encoders with the image-name term alone; then next-token loss with Dual Consistency Learning: steps
+alternate between the branches, the small one also follows the large one's answers (HyperVL 3.3).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from hypervl_jax import checkpoint, config, losses, optim
+from hypervl_jax.config import BRANCHES, Branch, Config
+from hypervl_jax.data import pipeline
+from hypervl_jax.data.pipeline import Batch
+from hypervl_jax.model import hypervl, llm
+from hypervl_jax.text import Tokenizer
+
+
+class TrainError(RuntimeError):
+    """Training had to stop; what was saved before stays."""
+
+
+class State(NamedTuple):
+    step: Array  # i32[]
+    params: dict  # groups: base, large, llm, names
+    opt: dict  # one optimiser state a group
+
+
+class Job(NamedTuple):
+    """What one step trains: the branches, and whether it is the image-name term alone. A value: static under jit."""
+
+    branches: tuple[Branch, ...]
+    stage0: bool = False
+
+
+def init_state(cfg: Config, classes: int) -> State:
+    """Fresh weights and moments. VRC is not here: it is trained afterwards, on labels from this model."""
+    key, names = jax.random.split(jax.random.key(cfg.train.seed))
+    params = hypervl.init(key, cfg.model)
+    del params["vrc"]
+    params["names"] = {"names": 0.05 * jax.random.normal(names, (classes, cfg.model.llm.width))}
+    return State(jnp.int32(0), params, optim.init(cfg.train, params))
+
+
+def job_at(cfg: Config, step: int) -> Job:
+    """The DCL schedule as a value: stage 0 first, then even steps Large, odd steps Base (or both, or a coin)."""
+    if step < cfg.train.stage0_steps:
+        return Job(BRANCHES, stage0=True)
+    if cfg.dcl.schedule == "joint":
+        return Job(BRANCHES)
+    if cfg.dcl.schedule == "random":
+        return Job((BRANCHES[int(np.random.default_rng([cfg.train.seed, 2, step]).integers(2))],))
+    return Job(("large" if (step - cfg.train.stage0_steps) % 2 == 0 else "base",))
+
+
+def rate_at(cfg: Config, step: Array) -> Array:
+    """Stage 0 holds the peak rate; the cosine spans the rest."""
+    t = cfg.train
+    early = t.lr * jnp.minimum(1.0, (step + 1) / max(t.warmup, 1))
+    late = optim.rate(t, jnp.maximum(step - t.stage0_steps, 0), t.steps - t.stage0_steps)
+    return jnp.where(step < t.stage0_steps, early, late)
+
+
+def features(params: dict, cfg: Config, branch: Branch, batch: Batch) -> Array:
+    """f32[B F D] of every tile of the batch through one branch."""
+    b, n = batch.tiles.shape[:2]
+    tiles, mask = batch.tiles.reshape(b * n, *batch.tiles.shape[2:]), batch.mask.reshape(b * n, -1)
+    out = hypervl.encode_batch(params, cfg.model, branch, tiles, mask, cfg.train.scan, cfg.train.remat)
+    return out.reshape(b, -1, out.shape[-1])
+
+
+def row_logits(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
+    """f32[B L V] next-token logits of whole rows."""
+    row = batch.ids, batch.slots, batch.positions, batch.segments
+    hidden = hypervl.hidden(params, cfg.model, feats, *row, cfg.train.scan, cfg.train.remat)
+    return llm.logits(params["llm"], hidden)
+
+
+def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    """The objective of one job and its parts. Gradients flow into `trained` only."""
+    params = {**fixed, **trained}
+    feats = {b: features(params, cfg, b, batch) for b in job.branches}
+    total, parts = jnp.float32(0), {}
+    if cfg.train.name_weight:
+        for b in job.branches:
+            term = losses.name_loss(feats[b], batch.weights, batch.names, params["names"]["names"])
+            total, parts[f"name_{b}"] = total + cfg.train.name_weight * term, term
+    if job.stage0:
+        return total, parts
+    targets, mask = losses.shift(batch.ids, batch.loss)
+    logits = {b: row_logits(params, cfg, feats[b], batch) for b in job.branches}
+    for b in job.branches:
+        term = losses.mean_where(losses.cross_entropy(logits[b], targets), mask)
+        total, parts[f"loss_{b}"] = total + term, term
+    if "base" in job.branches and cfg.dcl.weight:
+        if "large" not in logits:
+            logits["large"] = row_logits(params, cfg, features(params, cfg, "large", batch), batch)
+        kl = losses.dcl_kl(logits["large"], logits["base"], mask, cfg.dcl.temperature)
+        total, parts["kl"] = total + cfg.dcl.weight * kl, kl
+    return total, parts
+
+
+def groups(cfg: Config, job: Job) -> tuple[str, ...]:
+    """Which top-level parameter groups a job moves."""
+    out = set(job.branches)
+    if cfg.train.name_weight:
+        out.add("names")
+    if not job.stage0 and not (cfg.dcl.llm_train == "teacher_only" and job.branches == ("base",)):
+        out.add("llm")
+    return tuple(sorted(out))
+
+
+def gradients(params: dict, cfg: Config, job: Job, batch: Batch) -> tuple[dict, dict[str, Array]]:
+    """(gradients of the groups that move, parts of the loss). Pure: runs plain, under jit, pmap or shard_map alike."""
+    moving = groups(cfg, job)
+    trained = {g: params[g] for g in moving}
+    fixed = {g: p for g, p in params.items() if g not in moving}
+    grads, parts = jax.grad(loss_fn, has_aux=True)(trained, fixed, cfg, job, batch)
+    return grads, parts
+
+
+def train_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State, dict[str, Array]]:
+    """One update of the groups that the job moves; every other group comes back bit-equal."""
+    grads, parts = gradients(state.params, cfg, job, batch)
+    lr = rate_at(cfg, state.step)
+    params, opt, norm = optim.update(cfg.train, lr, grads, state.opt, state.params)
+    return State(state.step + 1, params, opt), {**parts, "grad_norm": norm, "lr": lr}
+
+
+@functools.lru_cache(maxsize=4)
+def compiled(cfg: Config) -> Callable[[State, Batch, Job], tuple[State, dict[str, Array]]]:
+    """`train_step` jitted for one config; the state is donated."""
+    step = jax.jit(train_step, static_argnums=(2, 3), donate_argnums=0)
+    return lambda state, batch, job: step(state, batch, cfg, job)
+
+
+def run(
+    cfg: Config, source: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...], out: Path | str,
+    progress: bool = True,
+) -> State:  # fmt: skip
+    """Trains to `cfg.train.steps`, resuming from the newest checkpoint under `out`. Writes `out/log.jsonl`.
+
+    Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _same_run(out / "train.json", cfg, classes)
+    ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)
+    state = init_state(cfg, len(classes))
+    if ckpts.latest() is not None:
+        state = ckpts.restore(state)
+    start, steps = int(state.step), cfg.train.steps
+    step_fn = compiled(cfg)
+    feed = pipeline.batches(
+        source, cfg.data, cfg.model.policy, cfg.model.text, tokenizer, classes, cfg.train.seed, steps, start
+    )
+    bar = tqdm(total=steps, initial=start, desc="train", disable=not progress, smoothing=0.05)
+    shown: dict[str, float] = {}
+    with (out / "log.jsonl").open("a") as log:
+        try:
+            for step, batch in enumerate(feed, start):
+                state, metrics = step_fn(state, batch, job_at(cfg, step))
+                values = {k: float(v) for k, v in metrics.items()}
+                shown |= {k: v for k, v in values.items() if k not in ("lr", "grad_norm")}
+                if not all(np.isfinite(list(values.values()))):
+                    raise TrainError(f"step {step}: loss is not finite ({values}); resume with a lower train.lr")
+                log.write(json.dumps({"step": step, "time": round(time.time(), 2), **values}) + "\n")
+                bar.update()
+                if (step + 1) % cfg.train.log_every == 0:
+                    log.flush()
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+                if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps:
+                    ckpts.save(step + 1, state)
+        finally:
+            bar.close()
+            ckpts.close()
+    return state
+
+
+def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
+    values = {"config": config.to_dict(cfg), "classes": list(classes)}
+    values["config"]["train"].pop("steps")
+    if not path.exists():
+        path.write_text(json.dumps(values, indent=1))
+    elif json.loads(path.read_text()) != values:
+        raise TrainError(f"{path} is of a run with other settings: continue it with those, or choose another --out")
