@@ -5,10 +5,10 @@
 Needs npm, pip, Pillow, NumPy and `resvg_py` (pinned below: another version rasterises other pixels). `--check` builds
 and compares with the shipped archive instead of writing. What is in the archive is described in `NOTICE`.
 
-Pictures: one thing drawn by several artists. The artists of `HELD_OUT` are shown in no training split and take no part
-in any choice below. Of the candidate nouns those are kept that are drawn by every artist of `CORE` and by the held-out
-one; they are ordered by how well the training artists agree (`rank`), near-doubles are dropped, the first `CONCEPTS`
-stay. Share-alike art (openmoji, emojione-v1) and art by the held-out artist in another finish (fluent-emoji) is not used.
+Pictures: one thing drawn by several artists. The artist of `HELD_OUT` is shown in no training split; of the candidate
+nouns those are kept that are drawn by every artist of `CORE` and by the held-out one, whose drawings play no other part
+in the choice: concepts are ordered by how well the training artists agree (`rank`), near-doubles are dropped, the first
+`CONCEPTS` stay. Not used: share-alike art (openmoji, emojione-v1), the held-out artist's other finishes (fluent-emoji).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 48  # pixels a side of a picture
 CONCEPTS = 64
 DIGIT = 40  # pixel height of a printed digit
-TRAIN_DIGITS = 1400  # the first so many handwritten digits; the file is ordered by writer, the rest is by other people
+TRAIN_DIGITS = 1400  # of 1,797 handwritten; writers follow one another in the file, so the last are by other hands
 RESVG = "0.5.0"
 OUT = Path(__file__).parent.parent / "src/hypervl_jax/data/assets.npz"
 
-# artist -> npm package. `family` is the part before "/": artists of one family are never each other's witness in `rank`.
+# family/artist -> npm package. Artists of one family (two ages of one set) are never each other's witness in `rank`.
 CORE = {
     "noto/noto": "@iconify-json/noto@1.2.9",
     "noto/noto-v1": "@iconify-json/noto-v1@1.2.5",
@@ -69,65 +69,72 @@ grape 1f347 grapes | lemon 1f34b lemon | pear 1f350 pear | peach 1f351 peach | m
 watermelon 1f349 watermelon watermelon-1 | pineapple 1f34d pineapple | tomato 1f345 tomato | eggplant 1f346 aubergine
 corn 1f33d earofmaize | mushroom 1f344 mushroom | bread 1f35e bread | pizza 1f355 sliceofpizza pizza-1
 burger 1f354 hamburger hamburger-1 | fries 1f35f frenchfries | cookie 1f36a cookie | donut 1f369 doughnut doughnut-1
-cake 1f382 birthdaycake birthday-cake-1 | candy 1f36c candy | lollipop 1f36d lollipop | coffee 2615 hotbeverage hot-beverage-1
-beer 1f37a beermug | wine 1f377 wineglass | cocktail 1f378 cocktailglass | sushi 1f363 sushi | egg 1f95a -
-orange 1f34a tangerine | chestnut 1f330 acorn | honey 1f36f honeypot | chocolate 1f36b chocolatebar
-pepper 1f336 chilipepper | drumstick 1f357 poultryleg | carrot 1f955 - | avocado 1f951 - | croissant 1f950 -
-cheese 1f9c0 - | popcorn 1f37f - | bacon 1f953 - | cone 1f366 softicecream soft-ice-cream-1 | shrimp 1f364 friedshrimp
-rocket 1f680 rocket | airplane 2708 airplane | car 1f697 automobile | bus 1f68c bus | truck 1f69a deliverytruck
-taxi 1f695 taxi | train 1f686 train | bicycle 1f6b2 bicycle | sailboat 26f5 sailboat | ship 1f6a2 ship
-helicopter 1f681 helicopter | ambulance 1f691 ambulance | tractor 1f69c tractor | anchor 2693 anchor
-house 1f3e0 housebuilding | castle 1f3f0 europeancastle | tent 26fa tent | fire 1f525 fire | sun 2600 sunrays
-moon 1f319 crescentmoon | star 2b50 whitemediumstar | cloud 2601 cloud cloud-1 | rainbow 1f308 rainbow
+cake 1f382 birthdaycake birthday-cake-1 | candy 1f36c candy | lollipop 1f36d lollipop
+coffee 2615 hotbeverage hot-beverage-1 | beer 1f37a beermug | wine 1f377 wineglass | cocktail 1f378 cocktailglass
+sushi 1f363 sushi | egg 1f95a - | orange 1f34a tangerine | chestnut 1f330 acorn | honey 1f36f honeypot
+chocolate 1f36b chocolatebar | pepper 1f336 chilipepper | drumstick 1f357 poultryleg | carrot 1f955 -
+avocado 1f951 - | croissant 1f950 - | cheese 1f9c0 - | popcorn 1f37f - | bacon 1f953 -
+cone 1f366 softicecream soft-ice-cream-1 | shrimp 1f364 friedshrimp | rocket 1f680 rocket | airplane 2708 airplane
+car 1f697 automobile | bus 1f68c bus | truck 1f69a deliverytruck | taxi 1f695 taxi | train 1f686 train
+bicycle 1f6b2 bicycle | sailboat 26f5 sailboat | ship 1f6a2 ship | helicopter 1f681 helicopter
+ambulance 1f691 ambulance | tractor 1f69c tractor | anchor 2693 anchor | house 1f3e0 housebuilding
+castle 1f3f0 europeancastle | tent 26fa tent | fire 1f525 fire | sun 2600 sunrays | moon 1f319 crescentmoon
+star 2b50 whitemediumstar | cloud 2601 cloud cloud-1 | rainbow 1f308 rainbow
 umbrella 2614 umbrellawithraindrops umbrella-with-rain-drops | snowman 26c4 snowmanwithoutsnow snowman
-tree 1f333 deciduoustree | pine 1f332 evergreen | cactus 1f335 cactus cactus-1 | rose 1f339 rose | flower 1f33c blossom
-tulip 1f337 tulip | sunflower 1f33b sunflower sunflower-1 | leaf 1f341 mapleleaf | clover 1f340 fourleafclover
-palm 1f334 palmtree | volcano 1f30b volcano | globe 1f30e americasglobe | fountain 26f2 fountain
-factory 1f3ed factory | church 26ea church | motorcycle 1f3cd motorcycle | seedling 1f331 seedling
-balloon 1f388 balloon | gift 1f381 present wrapped-gift-1 | guitar 1f3b8 guitar | trumpet 1f3ba trumpet
-violin 1f3bb violin | saxophone 1f3b7 saxophone | piano 1f3b9 musicalkeyboard | bell 1f514 bell | key 1f511 key
-lock 1f512 lock | hammer 1f528 hammer | wrench 1f527 wrench | scissors 2702 blackscissors | pencil 270f lowerleftpencil
-book 1f4d5 closedbook | camera 1f4f7 camera | television 1f4fa television | radio 1f4fb radio | watch 231a watch
-clock 23f0 alarmclock | bulb 1f4a1 lightbulb | candle 1f56f candle | crown 1f451 crown | ring 1f48d ring ring-1
-diamond 1f48e gem | glasses 1f453 glasses glasses-1 | hat 1f3a9 tophat | shirt 1f455 - t-shirt | dress 1f457 dress
-sneaker 1f45f mensrunner running-shoe | heel 1f460 heels high-heeled-shoe | boot 1f462 boot womans-boot
-handbag 1f45c handbag | briefcase 1f4bc briefcase | trophy 1f3c6 trophy | bomb 1f4a3 bomb | telescope 1f52d telescope
-microscope 1f52c microscope | pill 1f48a pill | syringe 1f489 syringe | toilet 1f6bd toilet | door 1f6aa door
-envelope 2709 envelope e-mail-1 | battery 1f50b battery | flashlight 1f526 electrictorch | microphone 1f3a4 microphone
-headphone 1f3a7 headphone | telephone 260e blacktelephone | gear 2699 gear | hourglass 231b hourglassflowingsand
-magnifier 1f50d leftmagnifyingglass | pushpin 1f4cc pushpin - | paperclip 1f4ce paperclip | floppy 1f4be blackhardshellfloppy floppy-disk
-lipstick 1f484 lipstick | jeans 1f456 jeans | tie 1f454 tie necktie | ghost 1f47b ghost | skull 1f480 skull
-robot 1f916 - robot-face-1 | alien 1f47d alien | heart 2764 redheart heart-suit | dice 1f3b2 gamedie game-dice
-soccer 26bd soccerball | basketball 1f3c0 - | football 1f3c8 americanfootball american-football
-baseball 26be baseball | tennis 1f3be tennisball tennis-1 | bowling 1f3b3 bowling | ticket 1f3ab ticket
-pumpkin 1f383 jackolantern jack-o-lantern | megaphone 1f4e3 megaphone | scroll 1f4dc scroll | dart 1f3af directhit direct-hit
-snowflake 2744 snowflake | lightning 26a1 bolt high-voltage | drum 1f941 - | knife 1f52a hocho | bed 1f6cf -
-package 1f4e6 package | backpack 1f392 schoolsatchel school-backpack | purse 1f45b purse | ribbon 1f380 - ribbon
-calendar 1f4c5 calendar | palette 1f3a8 artistpalette artist-palette | eye 1f441 eye | ear 1f442 ear | lips 1f444 mouth mouth
-shield 1f6e1 - | laptop 1f4bb - | cart 1f6d2 - | bathtub 1f6c1 bathtub | plug 1f50c electricplug electric-plug
+tree 1f333 deciduoustree | pine 1f332 evergreen | cactus 1f335 cactus cactus-1 | rose 1f339 rose
+flower 1f33c blossom | tulip 1f337 tulip | sunflower 1f33b sunflower sunflower-1 | leaf 1f341 mapleleaf
+clover 1f340 fourleafclover | palm 1f334 palmtree | volcano 1f30b volcano | globe 1f30e americasglobe
+fountain 26f2 fountain | factory 1f3ed factory | church 26ea church | motorcycle 1f3cd motorcycle
+seedling 1f331 seedling | balloon 1f388 balloon | gift 1f381 present wrapped-gift-1 | guitar 1f3b8 guitar
+trumpet 1f3ba trumpet | violin 1f3bb violin | saxophone 1f3b7 saxophone | piano 1f3b9 musicalkeyboard
+bell 1f514 bell | key 1f511 key | lock 1f512 lock | hammer 1f528 hammer | wrench 1f527 wrench
+scissors 2702 blackscissors | pencil 270f lowerleftpencil | book 1f4d5 closedbook | camera 1f4f7 camera
+television 1f4fa television | radio 1f4fb radio | watch 231a watch | clock 23f0 alarmclock | bulb 1f4a1 lightbulb
+candle 1f56f candle | crown 1f451 crown | ring 1f48d ring ring-1 | diamond 1f48e gem | glasses 1f453 glasses glasses-1
+hat 1f3a9 tophat | shirt 1f455 - t-shirt | dress 1f457 dress | sneaker 1f45f mensrunner running-shoe
+heel 1f460 heels high-heeled-shoe | boot 1f462 boot womans-boot | handbag 1f45c handbag | briefcase 1f4bc briefcase
+trophy 1f3c6 trophy | bomb 1f4a3 bomb | telescope 1f52d telescope | microscope 1f52c microscope | pill 1f48a pill
+syringe 1f489 syringe | toilet 1f6bd toilet | door 1f6aa door | envelope 2709 envelope e-mail-1
+battery 1f50b battery | flashlight 1f526 electrictorch | microphone 1f3a4 microphone | headphone 1f3a7 headphone
+telephone 260e blacktelephone | gear 2699 gear | hourglass 231b hourglassflowingsand
+magnifier 1f50d leftmagnifyingglass | pushpin 1f4cc pushpin - | paperclip 1f4ce paperclip
+floppy 1f4be blackhardshellfloppy floppy-disk | lipstick 1f484 lipstick | jeans 1f456 jeans | tie 1f454 tie necktie
+ghost 1f47b ghost | skull 1f480 skull | robot 1f916 - robot-face-1 | alien 1f47d alien
+heart 2764 redheart heart-suit | dice 1f3b2 gamedie game-dice | soccer 26bd soccerball | basketball 1f3c0 -
+football 1f3c8 americanfootball american-football | baseball 26be baseball | tennis 1f3be tennisball tennis-1
+bowling 1f3b3 bowling | ticket 1f3ab ticket | pumpkin 1f383 jackolantern jack-o-lantern | megaphone 1f4e3 megaphone
+scroll 1f4dc scroll | dart 1f3af directhit direct-hit | snowflake 2744 snowflake | lightning 26a1 bolt high-voltage
+drum 1f941 - | knife 1f52a hocho | bed 1f6cf - | package 1f4e6 package | backpack 1f392 schoolsatchel school-backpack
+purse 1f45b purse | ribbon 1f380 - ribbon | calendar 1f4c5 calendar | palette 1f3a8 artistpalette artist-palette
+eye 1f441 eye | ear 1f442 ear | lips 1f444 mouth mouth | shield 1f6e1 - | laptop 1f4bb - | cart 1f6d2 -
+bathtub 1f6c1 bathtub | plug 1f50c electricplug electric-plug
 """
 
 
-# Icon sets with names of their own: word=name, only where the drawing is plainly that thing. Kameleon's drawings stand on
-# a coloured disc, its first path, which is left out.
+# Icon sets with names of their own: word=name, only where the drawing is plainly that thing. Kameleon's drawings stand
+# on a coloured disc, its first path, which is left out.
 NAMES = {
     "streamline-ultimate-color": """egg=animal-products-egg bread=bread-loaf beer=beer-glass bicycle bus=bus-1 car=car-4
         fries=fast-food-french-fries banana=fruit-banana cherry=fruit-cherry watermelon=fruit-watermelon gift=gift-box-1
         house=house-4 laptop moon=night-moon-begin pencil=pencil-1 radio=radio-retro umbrella=rain-umbrella-1 skull
         star=rating-star sushi=seafood-sushi scissors=scissors-2 sun=weather-sun taxi television=vintage-tv-4
         toilet=toilet-seat crown=vip-crown-queen-1 volcano=natural-disaster-volcano alien=science-fiction-alien-1
-        balloon=party-balloon dice=board-game-dice-1 lipstick=make-up-lipstick microphone=microphone-1 gear=cog megaphone
-        bell=alarm-bell-ring helicopter=aircraft-chopper-1""",
+        balloon=party-balloon dice=board-game-dice-1 lipstick=make-up-lipstick microphone=microphone-1 gear=cog
+        megaphone bell=alarm-bell-ring helicopter=aircraft-chopper-1""",
     "streamline-kameleon-color": """bomb bulb=light-bulb butterfly camera=camera-front-duo castle cocktail dice=dices
         coffee=coffee-paper-glass crab dart=dartboard donut drum hammer ladybug laptop pencil=pencil-2 pine=pine-tree
         popcorn rainbow robot strawberry taxi=taxi-2 truck wrench briefcase glasses=eyeglasses hat=hat-2
         microphone=microphone-2 rocket=space-shuttle""",
 }
-DOUBLES = 0.85  # two things drawn by one artist so alike on average (cosine of `feature`) count as one: the later goes
+DOUBLES = 0.8  # two things that artists draw so alike on average (cosine of `feature`) count as one: the later goes
 
 # family -> (split, pip or npm requirement, font files inside it). Whole families are held out.
 FONTS = {
-    "DejaVu Sans": ("train", "pip:matplotlib==3.11.2", "ttf/DejaVuSans.ttf ttf/DejaVuSans-Bold.ttf ttf/DejaVuSansMono.ttf"),
+    "DejaVu Sans": (
+        "train",
+        "pip:matplotlib==3.11.2",
+        "ttf/DejaVuSans.ttf ttf/DejaVuSans-Bold.ttf ttf/DejaVuSansMono.ttf",
+    ),
     "DejaVu Serif": ("train", "pip:matplotlib==3.11.2", "ttf/DejaVuSerif.ttf"),
     "Roboto": ("train", "pip:font-roboto==0.0.1", "Roboto-Regular.ttf Roboto-Bold.ttf"),
     "Source Sans Pro": ("train", "pip:font-source-sans-pro==0.0.1", "SourceSansPro-Semibold.ttf"),
@@ -183,7 +190,7 @@ class Packages:
 def candidates() -> list[tuple[str, str, str | None, str | None]]:
     """(word, code point, name in fxemoji or None, name in streamline-emojis or None) in the order of the table."""
     rows = [r.split() for line in CANDIDATES.strip().splitlines() for r in line.split("|")]
-    return [(r[0], r[1], *(r[2:] + [None, None])[:2]) for r in rows]  # type: ignore
+    return [(r[0], r[1], *[*r[2:], None, None][:2]) for r in rows]  # type: ignore
 
 
 class Artist:
@@ -216,8 +223,7 @@ class Artist:
         if icon is None:
             return None
         left, top, width, height = (
-            icon.get(k, self.icons.get(k, d))
-            for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+            icon.get(k, self.icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
         )
         body = icon["body"]
         if self.name == "streamline-kameleon-color":
@@ -253,9 +259,11 @@ def feature(pixels: np.ndarray) -> np.ndarray:
     return (small / np.linalg.norm(small)).astype(np.float32)
 
 
-def rank(features: np.ndarray, concept: np.ndarray, artist: np.ndarray, family: np.ndarray, words: list[str]) -> list[int]:
-    """Concepts, most agreeing first: the mean over an item's drawings of (best likeness to a drawing of the same thing by
-    another family) - (best likeness to another thing by another family). Near-doubles (`DOUBLES`) are left out.
+def rank(
+    features: np.ndarray, concept: np.ndarray, artist: np.ndarray, family: np.ndarray, words: list[str]
+) -> list[int]:
+    """Concepts, most agreeing first: the mean over a thing's drawings of (best likeness to the same thing by another
+    family) - (best likeness to another thing by another family). Near-doubles (`DOUBLES`) are left out.
     """
     like = features @ features.T
     other = family[:, None] != family[None]
@@ -278,7 +286,7 @@ def rank(features: np.ndarray, concept: np.ndarray, artist: np.ndarray, family: 
 
 
 def printed(packages: Packages) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """Glyphs u8[DIGIT, width] of 0..9 for every font file, its name, its split. All cells of a font share the baseline."""
+    """Glyphs u8[DIGIT, width] of 0..9 a font file, its name, its split. All cells of a font share the baseline."""
     glyphs, names, splits = [], [], []
     for family, (split, requirement, files) in FONTS.items():
         for file in files.split():
@@ -359,13 +367,13 @@ def main() -> None:
         raise SystemExit(f"resvg_py {resvg_py.__version__} rasterises other pixels; install resvg_py=={RESVG}")
     arrays = build(args.cache)
     for name, value in arrays.items():
-        print(f"{name:16} {str(value.shape):18} {value.dtype!s:6} {hashlib.sha256(value.tobytes()).hexdigest()}")
+        print(f"{name:16} {value.shape!s:18} {value.dtype!s:6} {hashlib.sha256(value.tobytes()).hexdigest()}")
     print(" ".join(arrays["words"].tolist()))
     if args.check:
         shipped = np.load(args.out)
         differ = [k for k in arrays if not np.array_equal(arrays[k], shipped[k])]
         raise SystemExit(f"differs from {args.out}: {', '.join(differ)}" if differ else 0)
-    with zipfile.ZipFile(args.out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:  # fixed dates: the same bytes again
+    with zipfile.ZipFile(args.out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:  # fixed dates: same bytes
         for name, value in arrays.items():
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, value, allow_pickle=False)

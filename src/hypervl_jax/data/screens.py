@@ -326,7 +326,7 @@ def _handwritten(rng: Generator, hand: tuple[np.ndarray, ...], digits: list[int]
     for i, d in enumerate(digits):
         cell = _resize(hand[d][rng.integers(len(hand[d]))], width, height)
         y = rng.integers(0, hop + 1)
-        out[y : y + height, i * width : (i + 1) * width] = np.clip((cell - 0.25) * 2.2, 0, 1)
+        out[y : y + height, i * width : (i + 1) * width] = np.clip((cell - 0.25) * 1.6, 0, 1)
     return out
 
 
