@@ -31,6 +31,7 @@ Norm = Literal["stored", "batch", "folded"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 EPS = 1e-5  # of the batch norm, as in PyTorch
+GAIN = 1.4  # initial fan-in variance: layers with ReLU (2) and without (1) take turns, so untrained outputs stay near 1
 
 
 class Conv(NamedTuple):
@@ -102,7 +103,9 @@ def convolve(x: Float[Array, "B H W C"], weight: Float[Array, "K K _ D"], stride
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def shift_multiply(x: Float[Array, "B H W C"], weight: Float[Array, "K K 1 C"], stride: int = 1) -> Float[Array, "B _ _ C"]:
+def shift_multiply(
+    x: Float[Array, "B H W C"], weight: Float[Array, "K K 1 C"], stride: int = 1
+) -> Float[Array, "B _ _ C"]:
     """Depthwise `convolve` as a sum of K x K shifted multiples of the picture: XLA's own is many times slower on CPUs.
 
     The gradient of the weights is written out: one reduction with K x K results is half the time of K x K reductions.
@@ -214,8 +217,10 @@ class Vrc(nn.Module):
 
 
 def init(key: Array, cfg: VrcConfig) -> Params:
-    """Random weights (He), unit batch norms. Same tree as `Vrc(cfg).init`, whose sixty draws take a minute to compile:
-    here all numbers come out of one small loop."""
+    """Random weights and unit batch norms, the same tree as `Vrc(cfg).init`.
+
+    Linen's sixty separate draws take a minute to compile; here all numbers come out of one small loop.
+    """
     proxy = jax.ShapeDtypeStruct((1, cfg.side, cfg.side, 3), jnp.float32)
     leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(Vrc(cfg).init, key, proxy)["params"])
     sizes = [leaf.size if path[-1].key == "weight" else 0 for path, leaf in leaves]
@@ -224,8 +229,10 @@ def init(key: Array, cfg: VrcConfig) -> Params:
     out, at = [], 0
     for (path, leaf), size in zip(leaves, sizes, strict=True):
         if size:
-            fan_in = size // leaf.shape[-1 if leaf.ndim == 4 else 0]  # convolutions are K K in out, linear layers out in
-            out.append(normal[at : at + size].reshape(leaf.shape) * (2 / fan_in) ** 0.5)
+            fan_in = (
+                size // leaf.shape[-1 if leaf.ndim == 4 else 0]
+            )  # convolutions are K K in out, linear layers out in
+            out.append(normal[at : at + size].reshape(leaf.shape) * (GAIN / fan_in) ** 0.5)
             at += size
         else:
             out.append(jnp.full(leaf.shape, float(path[-1].key in ("scale", "var"))))
