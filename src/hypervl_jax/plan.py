@@ -209,12 +209,8 @@ def make(size: Sequence[SupportsIndex], ratio: SupportsFloat = 1.0, policy: Plan
     ratio = _checked_ratio(ratio)
     if min(policy.tile, policy.patch, policy.merge) < 1 or policy.max_tiles > _MAX_TILES:
         raise PlanError(f"tile, patch and merge must be at least 1 and max_tiles at most {_MAX_TILES}; found {policy}")
-    side_ratio = math.sqrt(ratio)
-    shrunk = _scaled(h, side_ratio, policy.min_side), _scaled(w, side_ratio, policy.min_side)
-
-    resized, grid = {"native_pad": _native_pad, "grid_match": _grid_match, "grid_pad": _grid_pad}[policy.mode](
-        shrunk, policy
-    )
+    choose = {"native_pad": _native_pad, "grid_match": _grid_match, "grid_pad": _grid_pad}[policy.mode]
+    resized, grid = choose((h, w), math.sqrt(ratio), policy)
     t, (rows, cols) = policy.tile, grid
     centred = policy.mode == "grid_pad"
     top, left = ((rows * t - resized[0]) // 2, (cols * t - resized[1]) // 2) if centred else (0, 0)
@@ -227,36 +223,34 @@ def make(size: Sequence[SupportsIndex], ratio: SupportsFloat = 1.0, policy: Plan
             tiles.append(Tile(row, col, y, x, y1 - y, x1 - x))
     thumb = None
     if policy.thumbnail and rows * cols > 1:
-        shrink = t / max(resized)
-        stretched = policy.mode == "grid_match"  # whose tiles are stretched too
-        th, tw = thumb = (t, t) if stretched else (_scaled(resized[0], shrink), _scaled(resized[1], shrink))
+        stretched = policy.mode == "grid_match"  # as its tiles are
+        th, tw = thumb = (t, t) if stretched else _shrunk(resized, t / max(resized))
         tiles.append(Tile(-1, -1, (t - th) // 2 if centred else 0, (t - tw) // 2 if centred else 0, th, tw))
     return VisionPlan((h, w), ratio, resized, grid, (top, left), tuple(tiles), policy, thumb)
 
 
-# --- the three ways to choose a grid: (height, width) after the ratio -> (resized, (rows, cols)) ----------------------
+# --- the three ways to choose a grid: (height, width), side ratio -> (resized, (rows, cols)) --------------------------
 
 _Pair = tuple[int, int]
 
 
-def _native_pad(size: _Pair, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
+def _native_pad(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
     """Its own size; over the cap, shrunk to the cap's area and on in 2 % steps until the grid fits."""
 
-    def grid_of(s: _Pair) -> _Pair:
-        return -(-s[0] // policy.tile), -(-s[1] // policy.tile)
+    def grid_of(resized: _Pair) -> _Pair:
+        return -(-resized[0] // policy.tile), -(-resized[1] // policy.tile)
 
-    (h, w), resized = size, size
-    scale = min(1.0, policy.tile * math.sqrt(policy.max_tiles / (h * w)))
-    floor = min(policy.min_side, policy.tile)  # so that one tile can always be reached
+    resized = _shrunk(size, scale, policy.min_side)
+    scale *= min(1.0, policy.tile * math.sqrt(policy.max_tiles / math.prod(resized)))
     while math.prod(grid_of(resized)) > policy.max_tiles:
-        resized = _scaled(h, scale, floor), _scaled(w, scale, floor)
+        resized = _shrunk(size, scale, min(policy.min_side, policy.tile))  # so that one tile can always be reached
         scale *= 0.98
     return resized, grid_of(resized)
 
 
-def _grid_match(size: _Pair, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
+def _grid_match(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
     """The grid whose cols / rows is nearest to width / height; of equal ones the largest the picture can half fill."""
-    (h, w), t = size, policy.tile
+    (h, w), t = _shrunk(size, scale, policy.min_side), policy.tile
     best, best_error = (1, 1), (math.inf, 1)
     for r, c in _grids(policy.max_tiles):
         error = abs(w * r - h * c), r  # |w/h - c/r| * h as a fraction: exact, so ties are ties everywhere
@@ -266,9 +260,9 @@ def _grid_match(size: _Pair, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
     return (best[0] * t, best[1] * t), best
 
 
-def _grid_pad(size: _Pair, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
+def _grid_pad(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
     """The grid in which the fitted picture keeps most of its pixels; of equal ones the one with the least padding."""
-    (h, w), t = size, policy.tile
+    (h, w), t = _shrunk(size, scale, policy.min_side), policy.tile
 
     def score(grid: _Pair) -> tuple[int, int]:
         height, width = grid[0] * t, grid[1] * t
@@ -291,9 +285,10 @@ def _grids(max_tiles: int) -> list[_Pair]:
 # --- small parts ------------------------------------------------------------------------------------------------------
 
 
-def _scaled(side: int, scale: float, floor: int = 1) -> int:
-    """side * scale to the nearest pixel, half up as on the phone, held at `floor` (at the side, if smaller)."""
-    return min(side, max(floor, math.floor(side * scale + 0.5)))
+def _shrunk(size: _Pair, scale: float, floor: int = 1) -> _Pair:
+    """size * scale to the nearest pixel, half up as on the phone; no side grows, or shrinks below `floor`."""
+    h, w = (min(side, max(floor, math.floor(side * scale + 0.5))) for side in size)
+    return h, w
 
 
 def _overlap(start: int, length: int, tile_start: int, t: int) -> tuple[int, int]:
