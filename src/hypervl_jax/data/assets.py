@@ -63,7 +63,7 @@ class Assets:
 @functools.lru_cache(maxsize=2)
 def _load(path: Path) -> Assets:
     try:
-        with np.load(path, allow_pickle=False) as z:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as z:
             a = {k: z[k] for k in z.files}
         artists = tuple(a["artists"].tolist())
         images = (Image.fromarray(p, "RGBA").convert("RGBa") for p in a["art"])

@@ -19,6 +19,7 @@ from ..config import ScreensConfig
 from .assets import SPLITS, Assets, Split
 
 Box = tuple[float, float, float, float]
+Rect = tuple[int, int, int, int]
 Generator = np.random.Generator
 
 TASKS = ("name", "find", "read", "count", "yesno")
@@ -89,7 +90,7 @@ def check(assets: Assets, cfg: ScreensConfig) -> None:
 def _compose(rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split) -> Screen:
     height, width = _size(rng, cfg)
     canvas = _background(rng, height, width)
-    taken: list[Box] = []
+    taken: list[Rect] = []
     things: list[Thing] = []
     digit_height = 0.0
     pictures_wanted = cfg.tasks != ("read",)
@@ -168,7 +169,7 @@ def _clutter(rng: Generator, draw: ImageDraw.ImageDraw, height: int, width: int,
 # --- placing and pasting ---------------------------------------------------------------------------------------------
 
 
-def _place(rng: Generator, canvas: np.ndarray, size: tuple[int, int], taken: list[Box], gap: int = 2) -> Box | None:
+def _place(rng: Generator, canvas: np.ndarray, size: tuple[int, int], taken: list[Rect], gap: int = 2) -> Rect | None:
     """A free rectangle of `size` (h, w), noted in `taken`; None when 30 tries find none."""
     height, width = canvas.shape[0] - size[0], canvas.shape[1] - size[1]
     if height < 0 or width < 0:
@@ -183,7 +184,7 @@ def _place(rng: Generator, canvas: np.ndarray, size: tuple[int, int], taken: lis
     return None
 
 
-def _visible(alpha: np.ndarray, origin: tuple[float, float]) -> Box:
+def _visible(alpha: np.ndarray, origin: tuple[int, int]) -> Box:
     """The tight box of what a person sees, moved to `origin` (x, y)."""
     seen = alpha > 0.15
     x, y = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
@@ -191,9 +192,9 @@ def _visible(alpha: np.ndarray, origin: tuple[float, float]) -> Box:
     return tuple(float(v) for v in ends)  # type: ignore
 
 
-def _plate(canvas: np.ndarray, box: Box, colour: np.ndarray, radius: float) -> None:
+def _plate(canvas: np.ndarray, box: Rect, colour: np.ndarray, radius: float) -> None:
     """A rounded rectangle, in place."""
-    x0, y0, x1, y1 = (int(v) for v in box)
+    x0, y0, x1, y1 = box
     mask = Image.new("L", (x1 - x0, y1 - y0))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, x1 - x0 - 1, y1 - y0 - 1), radius, fill=255)
     canvas[y0:y1, x0:x1][np.asarray(mask) > 0] = colour.astype(np.uint8)
@@ -214,7 +215,7 @@ def _concepts(rng: Generator, cfg: ScreensConfig) -> list[int]:
 
 
 def _pictures(
-    rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.ndarray, taken: list[Box]
+    rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.ndarray, taken: list[Rect]
 ) -> list[Thing]:
     concepts = _concepts(rng, cfg)
     side = min(canvas.shape[:2])
@@ -234,13 +235,13 @@ def _pictures(
                 break
         else:
             continue
-        x, y = int(spot[0]), int(spot[1])
+        x, y = spot[:2]
         under = canvas[y : y + rgba.shape[0], x : x + rgba.shape[1]]
         colour, alpha = rgba[..., :3], rgba[..., 3:]
         blend = colour + (1 - alpha) * under
         if np.abs(blend - under).sum() < 40 * 3 * alpha.sum():  # would hardly be seen: put a plate under it
             lightness = colour.sum() / max(3 * alpha.sum(), 1)
-            _plate(canvas, spot, _colour(rng, dark=bool(lightness > 127)), radius=3)
+            _plate(canvas, spot, _colour(rng, dark=bool(lightness > 127)), radius=3.0)
             blend = colour + (1 - alpha) * under
         under[:] = np.rint(np.clip(blend, 0, 255))
         things.append(Thing(assets.words[concept], "picture", _visible(alpha[..., 0], (x, y)), artist))
@@ -278,7 +279,7 @@ def _recolour(rng: Generator) -> np.ndarray:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _number(rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, taken: list[Box]) -> tuple[Thing, float]:
+def _number(rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, taken: list[Rect]) -> tuple[Thing, float]:
     """Write one number, handwritten or printed, on a plate that keeps it legible. Returns it and its digit height."""
     held = int(split.startswith("test"))
     hand = rng.random() < 0.35
@@ -300,8 +301,8 @@ def _number(rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, ta
     dark = rng.random() < 0.5
     plate, ink = _colour(rng, dark), _colour(rng, not dark)
     ink = np.clip(ink + (40 if dark else -40), 0, 255)
-    _plate(canvas, spot, plate, radius=rng.choice([0, pad]))
-    x, y = int(spot[0]) + pad, int(spot[1]) + pad
+    _plate(canvas, spot, plate, radius=float(rng.choice([0, pad])))
+    x, y = spot[0] + pad, spot[1] + pad
     under = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
     under[:] = np.rint(under + alpha[..., None] * (ink - under))
     box = _visible(alpha, (x, y))
