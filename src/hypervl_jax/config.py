@@ -265,6 +265,29 @@ def nano() -> Config:
     return Config("nano", model)
 
 
+def quickstart() -> Config:
+    """A smaller nano that trains from nothing in minutes on two cores: 16 things, small screens, three tasks."""
+    model = _model(
+        64, 8, (64, 3, 2), (96, 4, 3),
+        llm=LlmConfig(vocab=512, width=96, depth=3, heads=3, kv_heads=1, head_dim=32, mlp=288),
+        vrc=VrcConfig(multiplier=0.35, side=128, hidden=64),
+        policy=PlanPolicy(tile=64, patch=8, max_tiles=4, min_side=16),
+        text=TextConfig(think=False, coords=100),
+    )  # fmt: skip
+    screens = ScreensConfig(
+        name="quickstart", concepts=16, tasks=("name", "find", "read"), min_side=36, max_side=112, max_area=64 * 64,
+        max_things=3, questions=3, train=6_000, label=800, test_known=400, test_unseen=400,
+    )  # fmt: skip
+    return Config(
+        "quickstart",
+        model,
+        DataConfig(screens, batch=48, tile_buckets=(1, 3), lengths=(80, 112)),
+        TrainConfig(steps=700, stage0_steps=150, lr=2e-3, warmup=30, save_every=200),
+        DclConfig(),
+        VrcTrainConfig(steps=300),
+    )
+
+
 def hypervl_1p7b() -> Config:
     """The paper's sizes: SigLIP2 Base/16 and Large/16 at 512 px, Qwen3-1.7B (papers: HyperVL table 1)."""
     model = _model(
@@ -276,7 +299,7 @@ def hypervl_1p7b() -> Config:
     return Config("hypervl_1p7b", model)
 
 
-PRESETS = {"tiny": tiny, "nano": nano, "hypervl_1p7b": hypervl_1p7b}
+PRESETS = {"tiny": tiny, "quickstart": quickstart, "nano": nano, "hypervl_1p7b": hypervl_1p7b}
 
 
 class ConfigError(ValueError):

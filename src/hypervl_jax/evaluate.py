@@ -1,0 +1,222 @@
+"""Answers to many questions at once, and what they are worth: exact match, or a point inside the box that was asked for.
+
+Axes: B screens, N tiles, T tile side, P patches, F features a screen, R questions, L prompt, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from hypervl_jax import compress, generate, image, plan, text
+from hypervl_jax.checkpoint import Model
+from hypervl_jax.config import Branch, ModelConfig
+from hypervl_jax.data.screens import Question, Screen
+from hypervl_jax.model import hypervl
+from hypervl_jax.plan import VisionPlan
+
+NEW = 8  # tokens an answer may have
+BATCH = 32  # screens encoded together
+
+
+class Answer(NamedTuple):
+    """One question, what the model said, and whether that is right."""
+
+    screen: int
+    task: str
+    truth: str
+    answer: str
+    correct: bool
+
+
+class Accuracy(NamedTuple):
+    """A mean with its Wilson 95 % interval."""
+
+    mean: float
+    n: int
+    low: float
+    high: float
+
+
+def wilson(correct: int, n: int, z: float = 1.96) -> Accuracy:
+    """Wilson score interval of a proportion; (0, 0, 0, 1) of nothing."""
+    if n == 0:
+        return Accuracy(0.0, 0, 0.0, 1.0)
+    p, d = correct / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / d
+    return Accuracy(p, n, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def point(answer: str, size: tuple[int, int], coords: int) -> tuple[float, float] | None:
+    """The point in original pixels that an answer such as "37 52" names, or None if it names none."""
+    words = answer.split()
+    if len(words) != 2 or not all(w.isascii() and w.isdigit() and int(w) < coords for w in words):
+        return None
+    (x, y), (h, w) = map(int, words), size
+    return (x + 0.5) * w / coords, (y + 0.5) * h / coords
+
+
+def right(question: Question, answer: str, size: tuple[int, int], coords: int) -> bool:
+    """Exact match; for `find`, a point inside the box."""
+    if question.task != "find":
+        return answer == question.answer
+    at = point(answer, size, coords)
+    if at is None or question.box is None:
+        return False
+    x0, y0, x1, y1 = question.box
+    return x0 <= at[0] < x1 and y0 <= at[1] < y1
+
+
+def tile_buckets(cfg: ModelConfig) -> tuple[int, ...]:
+    """Numbers of tiles a batch is padded to: one, and then by twos and by doubling up to the most a plan can have."""
+    most = cfg.policy.max_tiles + cfg.policy.thumbnail
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(min(most, max(3, 2 * sizes[-1] - 1)))
+    return tuple(sizes)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "branch"))
+def _features(params: dict, cfg: ModelConfig, branch: Branch, tiles: Array, mask: Array) -> Array:
+    b, n = tiles.shape[:2]
+    out = hypervl.encode_batch(params, cfg, branch, tiles.reshape(-1, *tiles.shape[2:]), mask.reshape(b * n, -1))
+    return out.reshape(b, -1, out.shape[-1])
+
+
+@jax.jit
+def _embed(params: dict, ids: Array, slots: Array, features: Array, screens: Array) -> Array:
+    return hypervl.embed(params, ids, slots, features[screens])
+
+
+class Job(NamedTuple):
+    """A picture at a ratio, and what is asked about it."""
+
+    image: np.ndarray
+    ratio: float
+    questions: tuple[str, ...]
+
+
+def answer(
+    model: Model, branch: Branch, jobs: Sequence[Job], progress: str = "", batch: int = BATCH
+) -> list[tuple[str, ...]]:
+    """Greedy answers to every question of every job, batched by tile count. `progress` names the bar; empty: none."""
+    cfg = model.config
+    plans = [plan.make(j.image.shape[:2], j.ratio, cfg.policy) for j in jobs]
+    sizes = tile_buckets(cfg)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, p in enumerate(plans):
+        groups[next(s for s in sizes if p.n_tiles <= s)].append(i)
+    out: list[tuple[str, ...]] = [()] * len(jobs)
+    most = max(len(j.questions) for j in jobs)
+    with tqdm(total=len(jobs), desc=progress, disable=not progress) as bar:
+        for n, members in sorted(groups.items()):
+            for start in range(0, len(members), batch):
+                now = members[start : start + batch]
+                said = _answer_batch(model, branch, [jobs[i] for i in now], [plans[i] for i in now], n, batch, most)
+                for i, answers in zip(now, said, strict=True):
+                    out[i] = answers
+                bar.update(len(now))
+    return out
+
+
+def _answer_batch(
+    model: Model, branch: Branch, jobs: list[Job], plans: list[VisionPlan], n: int, batch: int, most: int
+) -> Iterator[tuple[str, ...]]:
+    cfg, tok, t = model.config, model.tokenizer, model.config.policy.tile
+    tiles = np.zeros((batch, n, t, t, 3), np.uint8)
+    mask = np.zeros((batch, n, cfg.policy.patches_per_side**2), bool)
+    rows, screens = [], []
+    for b, (job, p) in enumerate(zip(jobs, plans, strict=True)):
+        tiles[b, : p.n_tiles], mask[b, : p.n_tiles] = image.prepare(job.image, p), p.patch_mask()
+        rows += [prompt(model, p, q) for q in job.questions]
+        screens += [b] * len(job.questions)
+    fill = batch * most - len(rows)
+    length = -(-max(len(ids) for ids, _ in rows) // 32) * 32
+    ids, slots, pads = generate.pad_left(rows + rows[:1] * fill, length, tok.special(text.PAD))
+    features = _features(model.params, cfg, branch, tiles, mask)
+    x = _embed(model.params, ids, slots, features, np.array(screens + [0] * fill))
+    end, forbidden = tok.special(text.IM_END), tok.forbidden(cfg.llm.vocab)
+    said = generate.generate(model.params, cfg, x, pads, forbidden, jax.random.key(0), generate.Sampler(), end, NEW)
+    answers = iter([text.strip_answer(tok, row) for row in np.asarray(said)])
+    for job in jobs:
+        yield tuple(next(answers) for _ in job.questions)
+
+
+def prompt(model: Model, p: VisionPlan, question: str) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, slots) of one question about one picture, up to where the answer starts."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    row = text.render([{"role": "user", "content": content}], [p], model.tokenizer, model.config.text)
+    return row.ids, row.slots
+
+
+def ratios(model: Model, screens: Iterable[Screen], batch: int = 64) -> np.ndarray:
+    """f64[n]: what VRC predicts for each picture."""
+    cfg, images = model.config.vrc, [s.image for s in screens]
+    scale, out = model.info.get("vrc_scale", 1.0), []
+    for start in range(0, len(images), batch):
+        now = images[start : start + batch]
+        proxies = np.zeros((batch, cfg.side, cfg.side, 3), np.float32)
+        proxies[: len(now)] = [image.proxy(i, cfg.side) for i in now]
+        alpha = np.asarray(compress.predict_proxies(model.params["vrc"], cfg, jnp.asarray(proxies)))[: len(now)]
+        alpha = scale * compress.unrescale(alpha, [i.shape[:2] for i in now], cfg)
+        out.append(np.clip(alpha, cfg.min_ratio, 1.0))
+    return np.concatenate(out)
+
+
+def run(
+    model: Model,
+    branch: Branch,
+    screens: Sequence[Screen],
+    shrink: Sequence[float] | np.ndarray | None = None,
+    shuffled: bool = False,
+    progress: str = "",
+) -> list[Answer]:
+    """Every question of every screen, at area ratios `shrink` (1 if None). `shuffled` shows each question the next
+    screen's picture instead: what the model knows without looking."""
+    shrink = np.ones(len(screens)) if shrink is None else shrink
+    jobs = []
+    for i, screen in enumerate(screens):
+        shown = (i + 1) % len(screens) if shuffled else i
+        asked = tuple(q.text for q in screen.questions)
+        jobs.append(Job(screens[shown].image, float(shrink[shown]), asked))
+    said, coords = answer(model, branch, jobs, progress), model.config.text.coords
+    return [
+        Answer(i, q.task, q.answer, a, right(q, a, screen.image.shape[:2], coords))
+        for i, (screen, answers) in enumerate(zip(screens, said, strict=True))
+        for q, a in zip(screen.questions, answers, strict=True)
+    ]
+
+
+def accuracy(answers: Iterable[Answer]) -> dict[str, Accuracy]:
+    """Per task."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for a in answers:
+        hits[a.task].append(a.correct)
+    return {task: wilson(sum(h), len(h)) for task, h in sorted(hits.items())}
+
+
+def majority(screens: Iterable[Screen], coords: int) -> dict[str, float]:
+    """The accuracy of always giving the one answer that is right most often (for `find`: the best fixed point)."""
+    truths: dict[str, list[str]] = defaultdict(list)
+    boxes = []
+    for s in screens:
+        h, w = s.image.shape[:2]
+        for q in s.questions:
+            truths[q.task].append(q.answer)
+            if q.task == "find" and q.box is not None:
+                boxes.append((q.box[0] / w, q.box[1] / h, q.box[2] / w, q.box[3] / h))
+    out = {task: Counter(t).most_common(1)[0][1] / len(t) for task, t in truths.items()}
+    if boxes:
+        at = (np.arange(coords) + 0.5) / coords
+        x0, y0, x1, y1 = np.array(boxes).T[..., None]
+        inside = ((x0 <= at) & (at < x1)).T.astype(np.float32) @ ((y0 <= at) & (at < y1)).astype(np.float32)
+        out["find"] = float(inside.max() / len(boxes))
+    return out
