@@ -1,7 +1,8 @@
 """VRC as a product: label pictures by how far a model's loss lets them shrink, learn that from the picture, apply it.
 
-The model that is to be relieved appears only as a function from (pictures, ratio) to losses, so the same code serves any
-(papers: HyperVL 3.2; TC, the follow-up by the same authors). A ratio is an area ratio: a side shrinks by its square root.
+The model that is to be relieved appears only as a function from (pictures, ratio) to losses, so the same code serves
+any (papers: HyperVL 3.2; TC, the follow-up by the same authors). A ratio is an area ratio: a side shrinks by its square
+root.
 
 Axes: N pictures, Q questions a picture, R ratios (ascending, the last one is 1), S proxy side, B batch.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ def label(
     if rule == "suffix":
         passes = np.flip(np.logical_and.accumulate(np.flip(passes, -1), axis=-1), -1)
     passes[..., -1] = True  # full size, whatever rounding says
-    return grid[passes.argmax(-1)]
+    return np.asarray(grid[passes.argmax(-1)])
 
 
 class LabelSet(NamedTuple):
@@ -84,9 +86,12 @@ class LabelSet(NamedTuple):
         """Raises `CompressError` where the file is not one that `save` wrote."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                return cls(**{name: file[name] for name in cls._fields})
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-            raise CompressError(f"{path}: not a set of VRC labels ({e}); write it again with label_images") from e
+                out = cls(**{name: file[name] for name in cls._fields})
+            if out.losses.shape != (*out.labels.shape, out.losses.shape[1], *_check_ratios(out.ratios).shape):
+                raise CompressError(f"losses {out.losses.shape}, labels {out.labels.shape}")
+        except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise CompressError(f"{path}: not a set of VRC labels ({e}); write it again with LabelSet.save") from e
+        return out
 
 
 def label_images(
@@ -191,7 +196,7 @@ def predict(params: Params, cfg: VrcConfig, pixels: UInt8[np.ndarray, "H W 3"], 
 @functools.partial(jax.jit, static_argnames="cfg")
 def predict_proxies(params: Params, cfg: VrcConfig, proxies: Array) -> Array:
     """alpha' f32[B] of proxies [B S S 3], u8 or float in 0..1."""
-    return vrc.Vrc(cfg, depthwise=_form()).apply({"params": params}, _unit(proxies))
+    return cast(Array, vrc.Vrc(cfg, depthwise=_form()).apply({"params": params}, _unit(proxies)))
 
 
 def _unit(proxies: Array) -> Array:
@@ -218,7 +223,7 @@ def train(
     """Regress `targets` (alpha', see `rescale`) from `proxies` (u8, or float in 0..1; [N S S 3]) by squared error.
 
     AdamW, 5 % warm-up, cosine to zero; epochs are permutations drawn from `key`. Returns the parameters, statistics
-    included, and the loss of every step. Raises `CompressError` on unusable input and where the loss stops being finite.
+    included, and the loss of every step. Raises `CompressError` on unusable input and when the loss is not finite.
     """
     n = len(proxies)
     targets = np.asarray(targets, np.float32)
@@ -259,7 +264,7 @@ def _step(params: Params, opt: Any, proxies: Array, targets: Array, cfg: VrcConf
 
     (loss, stats), grads = jax.value_and_grad(error, has_aux=True)(params)
     updates, opt = _optimizer(how).update(grads, opt, params)  # stored statistics have no gradient and stay
-    return vrc.update_stats(optax.apply_updates(params, updates), stats), opt, loss
+    return vrc.update_stats(cast(Params, optax.apply_updates(params, updates)), stats), opt, loss
 
 
 # --- what it bought --------------------------------------------------------------------------------------------------

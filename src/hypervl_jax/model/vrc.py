@@ -1,11 +1,12 @@
 """Visual Resolution Compressor: a small network that looks at a proxy of the image and says how far it may shrink.
 
-MobileNetV4-conv-small trunk, weighted pooling, MLP, softplus (papers: HyperVL 3.2; MobileNetV4, arXiv 2404.10518). It sees
-no text, so one prediction serves every question about the picture. What the number means is `compress.py`'s business.
+MobileNetV4-conv-small trunk, weighted pooling, MLP, softplus (papers: HyperVL 3.2; MobileNetV4, arXiv 2404.10518). It
+sees no text, so one prediction serves every question about the picture. What the number means is `compress.py`'s
+business.
 
-Batch norm without mutable state: `mean` and `var` are ordinary leaves of the parameters. Training normalises by the batch
-and returns the batch's statistics beside the prediction, mirrored on the parameters' paths; `update_stats` blends them in.
-`fold` writes stored statistics into the convolutions, which is what inference and export run.
+Batch norm without mutable state: `mean` and `var` are ordinary leaves of the parameters. Training normalises by the
+batch and returns the batch's statistics beside the prediction, mirrored on the parameters' paths; `update_stats` blends
+them in. `fold` multiplies stored statistics into the convolutions, which is what export runs.
 
 Axes: B batch, S proxy side, H W feature rows and columns, C D channels in and out, K kernel side.
 """
@@ -64,7 +65,7 @@ TRUNK: tuple[Conv | Uir, ...] = (  # MobileNetV4-conv-small; halves the picture 
 )  # fmt: skip
 
 
-def make_divisible(channels: float, by: int = 8) -> int:
+def make_divisible(channels: float | int, by: int = 8) -> int:
     """The multiple of `by` nearest to `channels`, never more than a tenth below it (MobileNet's rounding)."""
     rounded = max(by, int(channels + by / 2) // by * by)
     return rounded + by if rounded < 0.9 * channels else rounded
@@ -76,7 +77,7 @@ def scaled(multiplier: float) -> tuple[Conv | Uir, ...]:
 
 
 def unfold(block: Uir, channels: int) -> dict[str, Conv]:
-    """The convolutions of an inverted residual by name; the stride falls on `mid`, or on `start` where there is none."""
+    """The convolutions of an inverted residual by name, in order. The stride falls on `mid`, else on `start`."""
     wide = make_divisible(channels * block.expand)
     convs = {
         "start": Conv(block.start, channels, 1 if block.mid else block.stride, depthwise=True, act=False),
@@ -91,7 +92,7 @@ def unfold(block: Uir, channels: int) -> dict[str, Conv]:
 
 
 def convolve(x: Float[Array, "B H W C"], weight: Float[Array, "K K _ D"], stride: int = 1) -> Float[Array, "B _ _ D"]:
-    """The library's convolution, zero padded by K // 2 on each side (PyTorch's alignment at stride 2, not TensorFlow's).
+    """The library's convolution, zero padded by K // 2 on all sides (with stride 2, PyTorch's alignment).
 
     Channels a group are read off the weight: `K K 1 C` is depthwise.
     """
@@ -139,7 +140,7 @@ shift_multiply.defvjp(_shift_forward, _shift_backward)
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU: [B H W C] -> [B H' W' D], and the batch's statistics ({} unless norm is "batch")."""
+    """Convolution, batch norm, ReLU: [B H W C] -> [B H' W' D], and the batch's statistics (empty unless "batch")."""
 
     conv: Conv
     norm: Norm
@@ -203,8 +204,10 @@ class Vrc(nn.Module):
         x, stats = (proxy - jnp.array(MEAN)) / jnp.array(STD), {}
         for i, block in enumerate(scaled(self.cfg.multiplier)):
             name = f"block_{i}"
-            layer = Residual if isinstance(block, Uir) else ConvNorm
-            x, stats[name] = layer(block, norm, self.depthwise, name=name)(x)
+            if isinstance(block, Uir):
+                x, stats[name] = Residual(block, norm, self.depthwise, name=name)(x)
+            else:
+                x, stats[name] = ConvNorm(block, norm, self.depthwise, name=name)(x)
         x = rearrange(x, "b h w c -> b (h w) c")
         where = nn.softmax(Linear(1, bias=False, name="pool")(x)[..., 0], axis=-1)  # one weight a position
         x = jnp.einsum("bn,bnc->bc", where, x)
