@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
-from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from hypervl_jax import image
@@ -29,6 +28,7 @@ from hypervl_jax.config import VrcConfig, VrcTrainConfig
 from hypervl_jax.model import vrc
 
 Params = dict[str, Any]
+Numbers = float | int | Sequence[Any] | np.ndarray | np.generic | Array
 
 
 class CompressError(ValueError):
@@ -40,7 +40,7 @@ class CompressError(ValueError):
 
 def label(
     losses: Float[np.ndarray, "*N R"],
-    ratios: ArrayLike,
+    ratios: Sequence[float] | np.ndarray,
     tolerance: float = 1.05,
     floor: float = 0.02,
     rule: Literal["first", "suffix"] = "suffix",
@@ -85,8 +85,8 @@ class LabelSet(NamedTuple):
     def load(cls, path: str | Path) -> LabelSet:
         """Raises `CompressError` where the file is not one that `save` wrote."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                out = cls(**{name: file[name] for name in cls._fields})
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+                out = cls(**{name: found[name] for name in cls._fields})
             if out.losses.shape != (*out.labels.shape, out.losses.shape[1], *_check_ratios(out.ratios).shape):
                 raise CompressError(f"losses {out.losses.shape}, labels {out.labels.shape}")
         except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
@@ -96,12 +96,12 @@ class LabelSet(NamedTuple):
 
 def label_images(
     n: int,
-    loss_at: Callable[[np.ndarray, float], ArrayLike],
+    loss_at: Callable[[np.ndarray, float], Numbers],
     cfg: VrcTrainConfig,
     progress: bool = True,
     *,
     batch: int | None = None,
-    blind: ArrayLike | None = None,
+    blind: Numbers | None = None,
 ) -> LabelSet:
     """Labels of pictures 0 .. n-1 from the frozen model's own losses.
 
@@ -142,14 +142,14 @@ def label_images(
     return LabelSet(grid, losses, labels)
 
 
-def _check_ratios(ratios: ArrayLike) -> np.ndarray:
+def _check_ratios(ratios: Sequence[float] | np.ndarray) -> np.ndarray:
     grid = np.asarray(ratios, np.float64)
     if grid.ndim != 1 or not len(grid) or grid[0] <= 0 or grid[-1] != 1 or (np.diff(grid) <= 0).any():
         raise CompressError(f"ratios must rise from above 0 to exactly 1, found {ratios}")
     return grid
 
 
-def _table(losses: ArrayLike, n: int) -> np.ndarray:
+def _table(losses: Numbers, n: int) -> np.ndarray:
     table = np.array(losses, np.float64)
     if table.ndim not in (1, 2) or len(table) != n:
         raise CompressError(f"expected losses of shape [{n}] or [{n} questions], found {list(table.shape)}")
@@ -159,28 +159,28 @@ def _table(losses: ArrayLike, n: int) -> np.ndarray:
 # --- ratio and target ------------------------------------------------------------------------------------------------
 
 
-def rescale(alpha: ArrayLike, size: ArrayLike, cfg: VrcConfig) -> np.ndarray:
+def rescale(alpha: Numbers, size: Numbers, cfg: VrcConfig) -> np.ndarray:
     """The regression target alpha' = alpha x g of pictures of `size` (height, width; or [N 2]).
 
     The network sees a proxy of fixed size, so what it can see is how large the *result* must be in proxies: g is the
     picture's area (R1) or longer side, if above 1 (R2), measured in proxies (TC 4.1; TC app. C, eq. 20).
     """
-    return np.asarray(alpha, np.float64) * _gain(size, cfg)
+    return np.asarray(np.asarray(alpha, np.float64) * _gain(size, cfg))
 
 
-def unrescale(alpha: ArrayLike, size: ArrayLike, cfg: VrcConfig) -> np.ndarray:
+def unrescale(alpha: Numbers, size: Numbers, cfg: VrcConfig) -> np.ndarray:
     """The area ratio a prediction alpha' stands for, clipped to [min_ratio, 1]; the inverse of `rescale` in there."""
-    return np.clip(np.asarray(alpha, np.float64) / _gain(size, cfg), cfg.min_ratio, 1.0)
+    return np.asarray(np.clip(np.asarray(alpha, np.float64) / _gain(size, cfg), cfg.min_ratio, 1.0))
 
 
-def _gain(size: ArrayLike, cfg: VrcConfig) -> np.ndarray:
+def _gain(size: Numbers, cfg: VrcConfig) -> np.ndarray:
     hw = np.asarray(size, np.float64)
     if hw.shape[-1:] != (2,) or (hw <= 0).any():
         raise CompressError(f"expected sizes (height, width) in pixels, found {size}")
     if cfg.rescale == "R1":
-        return hw.prod(-1) / cfg.side**2
+        return np.asarray(hw.prod(-1) / cfg.side**2)
     if cfg.rescale == "R2":
-        return np.maximum(1.0, hw.max(-1) / cfg.side)
+        return np.asarray(np.maximum(1.0, hw.max(-1) / cfg.side))
     return np.ones(hw.shape[:-1])
 
 
@@ -281,7 +281,7 @@ class Saving(NamedTuple):
 
 def saving_retention(
     predicted: Float[np.ndarray, " N"],
-    ratios: ArrayLike,
+    ratios: Sequence[float] | np.ndarray,
     tokens: Float[np.ndarray, "N R"],
     correct: Float[np.ndarray, "N R"],
 ) -> Saving:
@@ -306,7 +306,7 @@ def saving_retention(
 
 def calibrate(
     predicted: Float[np.ndarray, " N"],
-    ratios: ArrayLike,
+    ratios: Sequence[float] | np.ndarray,
     tokens: Float[np.ndarray, "N R"],
     correct: Float[np.ndarray, "N R"],
     retain: float = 0.987,
@@ -322,7 +322,7 @@ def calibrate(
     raise CompressError(f"no factor up to 4 retains {retain:.1%}: the predictions are far too small; train VRC longer")
 
 
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
+def spearman(a: Numbers, b: Numbers) -> float:
     """Rank correlation, ties by mean rank; NaN where either side is constant."""
     x, y = (_ranks(np.asarray(v)) for v in (a, b))
     x, y = x - x.mean(), y - y.mean()
@@ -341,7 +341,9 @@ def _snap(predicted: np.ndarray, grid: np.ndarray) -> np.ndarray:
     return np.searchsorted(grid, predicted - 1e-6)
 
 
-def _check_tables(ratios: ArrayLike, tokens: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, ...]:
+def _check_tables(
+    ratios: Sequence[float] | np.ndarray, tokens: np.ndarray, correct: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     grid = _check_ratios(ratios)
     if tokens.shape != correct.shape or tokens.ndim != 2 or tokens.shape[1:] != grid.shape or not correct[:, -1].any():
         raise CompressError(
