@@ -47,8 +47,8 @@ class Job(NamedTuple):
 def init_state(cfg: Config, classes: int) -> State:
     """Fresh weights and moments. VRC is not here: it is trained afterwards, on labels from this model."""
     key, names = jax.random.split(jax.random.key(cfg.train.seed))
-    params = hypervl.init(key, cfg.model)
-    del params["vrc"]
+    fresh = jax.jit(lambda k: {g: p for g, p in hypervl.init(k, cfg.model).items() if g != "vrc"})
+    params = fresh(key)
     params["names"] = {"names": 0.05 * jax.random.normal(names, (classes, cfg.model.llm.width))}
     return State(jnp.int32(0), params, optim.init(cfg.train, params))
 

@@ -6,19 +6,21 @@ Axes: B batch, N tiles, T tile side, P patches, M tokens a tile, F = N M, L sequ
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from hypervl_jax.config import BRANCHES, Branch, ModelConfig
-from hypervl_jax.model import llm
+from hypervl_jax.model import llm, vrc
 from hypervl_jax.model.projector import Projector
 from hypervl_jax.model.vit import Vit
-from hypervl_jax.model.vrc import Vrc
 
 Params = dict
 
 
+@functools.partial(jax.jit, static_argnames="cfg")  # one program: run op by op, the draws take minutes to compile
 def init(key: Array, cfg: ModelConfig) -> Params:
     """Random weights of both branches, decoder and VRC."""
     keys = dict(zip((*BRANCHES, "llm", "vrc"), jax.random.split(key, 4), strict=True))
@@ -35,7 +37,7 @@ def init(key: Array, cfg: ModelConfig) -> Params:
     one = jnp.zeros((1, 1), jnp.int32)
     x, see = jnp.zeros((1, 1, cfg.llm.width)), jnp.ones((1, 1, 1), bool)
     params["llm"] = llm.Llm(cfg.llm).init(keys["llm"], x, one, see)["params"]
-    params["vrc"] = Vrc(cfg.vrc).init(keys["vrc"], jnp.zeros((1, cfg.vrc.side, cfg.vrc.side, 3)))["params"]
+    params["vrc"] = vrc.init(keys["vrc"], cfg.vrc)
     return params
 
 
