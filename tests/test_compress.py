@@ -185,7 +185,7 @@ def test_ratios_are_clipped():
 
 # --- learning --------------------------------------------------------------------------------------------------------
 
-CFG = tiny().model.vrc
+CFG = replace(tiny().model.vrc, hidden=24)  # its own config: compiled functions are cached by it
 
 
 def pages(rng, n):
@@ -200,10 +200,18 @@ def pages(rng, n):
 
 
 @pytest.fixture(scope="module")
-def learned():
+def shallow():
+    """A trunk of eight blocks instead of eighteen: every kind is in it, and it compiles in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vrc, "TRUNK", vrc.TRUNK[:7] + vrc.TRUNK[-1:])
+        yield
+
+
+@pytest.fixture(scope="module")
+def learned(shallow):
     rng = np.random.default_rng(0)
     proxies, ratios = pages(rng, 256)
-    how = VrcTrainConfig(steps=60, batch=16, lr=3e-3)
+    how = VrcTrainConfig(steps=40, batch=16, lr=3e-3)
     params = jax.jit(lambda k: vrc.init(k, CFG))(jax.random.key(0))
     targets = compress.rescale(ratios, (CFG.side, CFG.side), CFG)
     return compress.train(jax.random.key(0), params, proxies, targets, CFG, how, progress=False)
@@ -217,8 +225,8 @@ def test_vrc_learns_to_tell_small_print_from_big_blobs(learned):
     constant = np.abs(ratios - ratios.mean()).mean()
     assert np.abs(predicted - ratios).mean() < 0.5 * constant
     assert compress.spearman(predicted, ratios) > 0.7
-    assert len(history) == 60
-    assert history[-10:].mean() < 0.2 * history[:10].mean()
+    assert len(history) == 40
+    assert history[-10:].mean() < 0.3 * history[:10].mean()
 
 
 def test_predict_is_the_proxy_the_network_and_the_inverse(learned):
