@@ -1,4 +1,5 @@
-"""What every test shares: eight simulated CPU devices, a compilation cache that outlives the run, a tiny config."""
+"""What every test shares: eight simulated CPU devices, a compilation cache that outlives the run, and a tiny model with
+weights, tokenizer and screens. Nothing here may be changed in place."""
 
 import os
 from importlib.metadata import version
@@ -24,9 +25,83 @@ def shared() -> Path:
     return path.parent
 
 
+# Imports stay inside: the jaxtyping hook must be installed before the first of them.
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Everything at the size of a unit test."""
-    from hypervl_jax import config  # not at the top: the jaxtyping hook must be installed first
+    from hypervl_jax import config
 
     return config.preset("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Random weights, norms and biases too, so that none of them can be left out unnoticed. No VRC."""
+    import numpy as np
+
+    from hypervl_jax import checkpoint
+
+    rng = np.random.default_rng(0)
+    shapes = {k: v for k, v in checkpoint.expected(tiny_config.model).items() if not k.startswith("vrc.")}
+
+    def draw(name, shape):
+        if name.split(".")[-1] in ("embed", "head", "pos"):
+            return 0.3 * rng.normal(size=shape)
+        if name.endswith("bias"):
+            return rng.uniform(-0.3, 0.3, shape)
+        if "norm" in name:
+            return rng.uniform(0.5, 1.5, shape)
+        return rng.normal(size=shape) / shape[-1] ** 0.5
+
+    return checkpoint.unflatten({k: draw(k, s).astype(np.float32) for k, s in sorted(shapes.items())})
+
+
+class Screens:
+    """A `pipeline.Source` in memory: the first screens of a split, composed as the builder composes them."""
+
+    def __init__(self, cfg, split, count):
+        import numpy as np
+
+        from hypervl_jax.data import screens
+        from hypervl_jax.data.assets import Assets
+
+        self.records = [screens.record(Assets.load(), cfg, split, i) for i in range(count)]
+        self.sizes = np.array([s.image.shape[:2] for s in self.records])
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+    def __len__(self):
+        return len(self.records)
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny_config):
+    return Screens(tiny_config.data.screens, "train", 24)
+
+
+@pytest.fixture(scope="session")
+def tiny_classes(tiny_config):
+    """What the image-name term tells apart: the concepts and the digits."""
+    from hypervl_jax.data import pipeline
+    from hypervl_jax.data.assets import Assets
+
+    return (*Assets.load().words[: tiny_config.data.screens.concepts], *pipeline.DIGITS)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_source):
+    from hypervl_jax import text
+
+    return text.train_tokenizer(t for s in tiny_source.records for q in s.questions for t in (q.text, q.answer) * 2)
+
+
+@pytest.fixture(scope="session")
+def tiny_batches(tiny_config, tiny_source, tiny_tokenizer, tiny_classes):
+    """The first training batches, as Grain delivers them."""
+    from hypervl_jax.data import pipeline
+
+    m, d = tiny_config.model, tiny_config.data
+    return list(pipeline.batches(tiny_source, d, m.policy, m.text, tiny_tokenizer, tiny_classes, 0, 6))

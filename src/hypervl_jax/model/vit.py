@@ -23,16 +23,15 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "N P D"], cache: None, mask: Bool[Array, "N 1 P"]) -> tuple[Array, None]:
         c = self.cfg
         y = LayerNorm(c.eps, name="norm1")(x)
-        q, k, v = (
-            rearrange(Linear(c.width, name=n)(y), "n p (h d) -> n h p d", h=c.heads) for n in ("q", "k", "v")
-        )
+        q, k, v = (rearrange(Linear(c.width, name=n)(y), "n p (h d) -> n h p d", h=c.heads) for n in ("q", "k", "v"))
         x = x + Linear(c.width, name="o")(rearrange(attention(q, k, v, mask), "n h p d -> n p (h d)"))
         y = LayerNorm(c.eps, name="norm2")(x)
         return x + Linear(c.width, name="fc2")(jax.nn.gelu(Linear(c.mlp, name="fc1")(y), approximate=True)), cache
 
 
 class Vit(nn.Module):
-    """Tiles -> patch features. `mask` says which patches touch real pixels; the others are hidden as attention keys."""
+    """Tiles -> patch features. `mask` says which patches touch real pixels; the others are black, whatever they hold,
+    and hidden as attention keys."""
 
     cfg: VitConfig
     scan: bool = True
@@ -45,6 +44,7 @@ class Vit(nn.Module):
         if jnp.issubdtype(tiles.dtype, jnp.integer):
             tiles = tiles.astype(jnp.float32) / 255
         patches = rearrange(tiles * 2 - 1, "n (r p) (c q) k -> n (r c) (p q k)", p=c.patch, q=c.patch)
+        patches = jnp.where(mask[..., None], patches, -1)
         pos = self.param("pos", nn.initializers.normal(0.02), (c.patches, c.width))
         x = Linear(c.width, name="patch")(patches.astype(pos.dtype)) + pos
         x, _ = Stack(Block, c, c.depth, self.scan, self.remat, name="blocks")(x, None, mask[:, None])

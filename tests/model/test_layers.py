@@ -1,0 +1,99 @@
+"""Linear, norms and attention against float64 numpy; one stack under two drivers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypervl_jax.config import VitConfig
+from hypervl_jax.model import layers, vit
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def test_linear_stores_out_in_as_published_checkpoints_do():
+    x, w, b = normal(2, 3, 5), normal(4, 5), normal(4)
+    got = layers.Linear(4).apply({"params": {"weight": w, "bias": b}}, x)
+    np.testing.assert_allclose(got, np.float64(x) @ np.float64(w).T + b, rtol=1e-5, atol=1e-5)
+    bare = layers.Linear(4, bias=False)
+    assert set(bare.init(jax.random.key(0), x)["params"]) == {"weight"}
+    np.testing.assert_allclose(bare.apply({"params": {"weight": w}}, x), got - b, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_norms_are_those_of_the_textbook(offset):
+    x, w, b = normal(3, 16) + offset, normal(16), normal(16)
+    x64 = np.float64(x)
+    centred = x64 - x64.mean(-1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * w + b
+    got = layers.LayerNorm(1e-6).apply({"params": {"weight": w, "bias": b}}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    want = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6) * w
+    np.testing.assert_allclose(layers.RMSNorm(1e-6).apply({"params": {"weight": w}}, x), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_shares_key_heads_among_neighbouring_queries(kv_heads):
+    """The oracle repeats every key head for its group, query by query; a row may see any subset."""
+    q, k, v = normal(2, 4, 5, 8), normal(2, kv_heads, 7, 8), normal(2, kv_heads, 7, 8)
+    mask = (RNG.random((2, 5, 7)) < 0.6) | (np.arange(7) == 0)
+    scores = np.float64(q) @ np.repeat(k, 4 // kv_heads, 1).swapaxes(2, 3) / np.sqrt(8)
+    probs = np.where(mask[:, None], np.exp(scores), 0)
+    want = probs / probs.sum(-1, keepdims=True) @ np.repeat(v, 4 // kv_heads, 1)
+    np.testing.assert_allclose(layers.attention(q, k, v, jnp.asarray(mask)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_keys_have_no_effect_and_a_row_that_sees_nothing_stays_finite():
+    q, k, v = normal(1, 4, 3, 8), normal(1, 2, 6, 8), normal(1, 2, 6, 8)
+    mask = jnp.broadcast_to(jnp.arange(6) < 4, (1, 3, 6)).at[:, 2].set(False)
+    other_k, other_v = (x.at[:, :, 4:].multiply(-1e3) for x in (k, v))
+    a, b = layers.attention(q, k, v, mask), layers.attention(q, other_k, other_v, mask)
+    np.testing.assert_array_equal(a[:, :, :2], b[:, :, :2])
+    assert np.isfinite(b).all()
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """(module maker, parameters, input) of three small blocks."""
+    cfg = VitConfig(width=8, depth=3, heads=2, mlp=16)
+
+    def make(**drive):
+        return layers.Stack(vit.Block, cfg, cfg.depth, **drive)
+
+    x, mask = normal(2, 4, 8), jnp.ones((2, 1, 4), bool)
+    params = jax.jit(make().init)(jax.random.key(0), x, None, mask)
+    return make, params, (x, None, mask)
+
+
+def test_scan_equals_loop_and_remat_forward_and_backward(stack):
+    make, params, args = stack
+
+    def value_and_grad(**drive):
+        return jax.jit(jax.value_and_grad(lambda p: (make(**drive).apply(p, *args)[0] ** 2).sum()))(params)
+
+    want = value_and_grad(scan=True)
+    for drive in ({"scan": False}, {"scan": True, "remat": True}):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), value_and_grad(**drive), want)
+
+
+def test_the_loop_leaves_no_while_in_the_program(stack):
+    make, params, args = stack
+    programs = [jax.jit(make(scan=s).apply).lower(params, *args).as_text() for s in (True, False)]
+    assert ["while" in p for p in programs] == [True, False]
+
+
+def test_layers_of_a_stack_start_different(stack):
+    _, params, _ = stack
+    weight = params["params"]["layers"]["q"]["weight"]
+    assert weight.shape == (3, 8, 8)
+    assert np.abs(weight[0] - weight[1]).max() > 0.01
+
+
+def test_a_cache_needs_the_loop(stack):
+    make, params, (x, _, mask) = stack
+    with pytest.raises(ValueError, match="scan=False"):
+        make().apply(params, x, (None,) * 3, mask)
