@@ -1,18 +1,21 @@
 """Pixels and a plan -> tiles, and back. Pure, for numpy on the host and for `jax.numpy` under `jit` (plan static).
 
+Imports neither, so that a host without JAX can use it.
+
 Axis letters: R C grid rows and columns, N tiles, T tile side, h w the resized picture.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 from einops import rearrange
-from jaxtyping import Array, Shaped
+from jaxtyping import Shaped
 
 from hypervl_jax.plan import PlanError, VisionPlan
 
 
-def tile(pixels: Shaped[Array | np.ndarray, "h w 3"], plan: VisionPlan) -> Shaped[Array | np.ndarray, "RC T T 3"]:
+def tile(pixels: Shaped[Any, "h w 3"], plan: VisionPlan) -> Shaped[Any, "RC T T 3"]:
     """Lay the resized picture on the plan's black canvas and cut it, row-major; the thumbnail is not made here.
 
     Any dtype; padding is 0. Raises `PlanError` where the pixels are not of size `plan.resized`.
@@ -25,7 +28,7 @@ def tile(pixels: Shaped[Array | np.ndarray, "h w 3"], plan: VisionPlan) -> Shape
     return rearrange(canvas, "(R h) (C w) c -> (R C) h w c", R=rows, C=cols)
 
 
-def untile(tiles: Shaped[Array | np.ndarray, "N T T 3"], plan: VisionPlan) -> Shaped[Array | np.ndarray, "h w 3"]:
+def untile(tiles: Shaped[Any, "N T T 3"], plan: VisionPlan) -> Shaped[Any, "h w 3"]:
     """The exact inverse of `tile`: the resized picture. A thumbnail at the end of `tiles` is ignored.
 
     Raises `PlanError` where the number or side of the tiles is not the plan's.

@@ -2,7 +2,8 @@
 
 `jax.export` writes portable StableHLO and the stand-alone LiteRT converter lowers it; TensorFlow is not involved. This
 is the only file that knows the converter's (young) Python interface. Both tools come with the `export` extra and are
-imported when they are first needed, so everything else works where they have no wheels.
+imported when they are first needed, so everything else works where they have no wheels; JAX is imported by the writing
+half alone, so a host that only runs files needs none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 DENSE_LIMIT = 1 << 30  # bytes of parameters up to which constants are dense: folded and fused, but copied several times
@@ -53,6 +53,12 @@ def _extra(module: str) -> Any:
         ) from e
 
 
+def require() -> None:
+    """Raises `ExportUnavailable` where the converter or the runtime is missing: before work, not after it."""
+    _extra("litert_converter.mlir._mlir_libs.converter_api_ext")
+    _extra("ai_edge_litert.interpreter")
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -63,6 +69,8 @@ def to_tflite(path: str | Path, params: Any, signatures: Sequence[Signature]) ->
     The file appears whole and checked (`check_ops`) or not at all. Raises `ExportError` naming what cannot be lowered,
     `ExportUnavailable` without the converter.
     """
+    import jax
+
     path = Path(path)
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
     leaves = [np.asarray(leaf, order="C") for _, leaf in paths]  # kept alive until written: large ones are not copied
@@ -85,6 +93,8 @@ def to_tflite(path: str | Path, params: Any, signatures: Sequence[Signature]) ->
 
 
 def _trace(file: str, s: Signature, tree: Any, leaves: list[np.ndarray]) -> Any:
+    import jax
+
     spec = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves])
     exported = jax.export.export(jax.jit(s.fn, keep_unused=True), platforms=["cpu"])(spec, *s.args)
     for kind, names, avals in (

@@ -75,6 +75,7 @@ class Manifest:
     tokenizer: File
     parts: tuple[Part, ...]
     min_runtime: str  # of LiteRT, the newest that a part asks for
+    vrc_scale: float = 1.0  # factor on predicted ratios, found by calibration
     parity: dict[str, float] = field(default_factory=dict)  # seam -> largest relative error against JAX
     versions: dict[str, str] = field(default_factory=dict)  # tool -> version that wrote the folder
     format: int = FORMAT
@@ -107,6 +108,7 @@ def describe(
     parts: Mapping[str, str],
     tokenizer: str,
     parity: Mapping[str, float],
+    vrc_scale: float = 1.0,
 ) -> Manifest:
     """The manifest of `directory` from its files: `parts` is part name -> file name, `tokenizer` a file name.
 
@@ -120,6 +122,7 @@ def describe(
         tokenizer=_file(directory / tokenizer),
         parts=tuple(_part(name, directory / parts[name], c) for name, c in contents.items()),
         min_runtime=max((c.min_runtime for c in contents.values()), key=_version, default=""),
+        vrc_scale=vrc_scale,
         parity={k: float(v) for k, v in parity.items()},
         versions=_versions(),
     )

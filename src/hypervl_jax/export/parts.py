@@ -1,0 +1,225 @@
+"""A trained model -> a folder of `.tflite` files that answers without JAX, proved before it exists.
+
+The parts are the model's own functions with fixed shapes and the layers looped:
+
+    vrc       vrc          proxy f32[1 S S 3]                        -> alpha f32[1]
+    encoder_B vision       images f32[1 T T 3], mask f32[1 P]        -> features f32[1 M D]       B: base, large
+    embedder  embed        token_ids i32[1 1]                        -> embeddings f32[1 1 D]
+    decoder   prefill_L    embeddings f32[1 L D], input_pos i32[L], mask f32[1 1 L C], caches -> caches
+              decode       the same with L = 1                       -> logits f32[1 1 V], caches
+
+Pictures are in 0..1; the patch mask is 1 on real pixels; the attention mask is 0 where visible, negative where hidden.
+Caches are kv_cache_k_<layer> and kv_cache_v_<layer>, f32[1 K C h] each, written from input_pos[0] on. Names and shapes
+of the embedder and the decoder are those LiteRT-LM loads; a prompt's last token goes through `decode`, which has logits.
+
+Axes: S proxy side, T tile side, P patches, M tokens a tile, D decoder width, L tokens, C cache length, K kv heads,
+h head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hypervl_jax.checkpoint import TOKENIZER, Model
+from hypervl_jax.config import BRANCHES, Branch, ModelConfig, ScreensConfig
+from hypervl_jax.export import lower, manifest, verify
+from hypervl_jax.export.lower import ExportError, Signature
+from hypervl_jax.export.manifest import Manifest
+from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
+from hypervl_jax.model import hypervl, llm, vrc
+
+_f32, _i32 = jnp.float32, jnp.int32
+_array = jax.ShapeDtypeStruct
+
+
+class Part(NamedTuple):
+    """One file: a tree of weights and the entry points that share it."""
+
+    params: Any
+    signatures: tuple[Signature, ...]
+
+
+def make(
+    cfg: ModelConfig, params: dict, branches: Sequence[Branch], prefill: Sequence[int], cache: int
+) -> dict[str, Part]:
+    """Every part by name, nothing lowered yet."""
+    encoders = {ENCODER + b: encoder(cfg, params, b) for b in branches}
+    return {
+        "vrc": compressor(cfg, params),
+        **encoders,
+        "embedder": embedder(cfg, params),
+        "decoder": decoder(cfg, params, prefill, cache),
+    }
+
+
+def compressor(cfg: ModelConfig, params: dict) -> Part:
+    """VRC with its batch norms multiplied into the convolutions."""
+    net = vrc.Vrc(cfg.vrc, folded=True, depthwise="conv")
+    s = cfg.vrc.side
+    args = (_array((1, s, s, 3), _f32),)
+    return Part(
+        vrc.fold(params["vrc"]),
+        (Signature("vrc", lambda p, proxy: net.apply({"params": p}, proxy), args, ("proxy",), ("alpha",)),),
+    )
+
+
+def encoder(cfg: ModelConfig, params: dict, branch: Branch) -> Part:
+    """One tile through a branch and its projector."""
+    t, patches = cfg.policy.tile, cfg.policy.patches_per_side**2
+
+    def vision(p, images, mask):
+        return hypervl.encode_batch(p, cfg, branch, images, mask > 0.5, scan=False)
+
+    args = (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
+    return Part({branch: params[branch]}, (Signature("vision", vision, args, ("images", "mask"), ("features",)),))
+
+
+def embedder(cfg: ModelConfig, params: dict) -> Part:
+    """One row of the token table, as the operator that quantises."""
+    lookup = jax.lax.composite(lambda ids, table: llm.embed({"embed": table}, ids), name="odml.embedding_lookup")
+
+    def embed(p, ids):
+        return lookup(ids.reshape(-1), p["embed"])[None]
+
+    args = (_array((1, 1), _i32),)
+    return Part({"embed": params["llm"]["embed"]}, (Signature("embed", embed, args, ("token_ids",), ("embeddings",)),))
+
+
+def decoder(cfg: ModelConfig, params: dict, prefill: Sequence[int], cache: int) -> Part:
+    """Prefill of each length and decode over one copy of the weights."""
+    c = cfg.llm
+    net, caches = llm.Llm(c, scan=False), jax.eval_shape(lambda: llm.init_cache(c, 1, cache))
+    names = tuple(f"kv_cache_{side}_{i}" for i in range(c.depth) for side in "kv")
+
+    def run(p, x, input_pos, mask, caches):
+        return net.apply({"params": p}, x, input_pos[None], mask[:, 0] >= 0, caches, input_pos[0])
+
+    def fill(*args):
+        return run(*args)[1]  # the last layer's attention and the head fall away
+
+    def decode(p, *args):
+        hidden, caches = run(p, *args)
+        return llm.logits(p, hidden), caches
+
+    def signature(name, fn, n, *outputs):
+        args = (_array((1, n, c.width), _f32), _array((n,), _i32), _array((1, 1, n, cache), _f32), caches)
+        return Signature(name, fn, args, ("embeddings", "input_pos", "mask", *names), (*outputs, *names))
+
+    fills = (signature(f"{PREFILL}{n}", fill, n) for n in sorted(set(prefill)))
+    return Part(params["llm"], (*fills, signature("decode", decode, 1, "logits")))
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def lengths(cfg: ModelConfig, question: int = 64, answer: int = 32) -> tuple[tuple[int, ...], int]:
+    """(prefill lengths, cache length) with room for the largest plan, a question and an answer of so many tokens.
+
+    Lengths double from one tile and a question up to the largest prompt.
+    """
+    policy = cfg.policy
+    tile = policy.tokens_per_tile + 1  # with its marker
+    most = (policy.max_tiles + policy.thumbnail) * tile + policy.max_tiles + question  # a line end after each row
+
+    def up(n: int) -> int:
+        return -(-n // 32) * 32
+
+    out, n = [], up(tile + question)
+    while n < up(most):
+        out.append(n)
+        n = up(2 * n)
+    return (*out, up(most)), up(most + answer)
+
+
+def export(
+    model: Model,
+    out_dir: str | Path,
+    *,
+    prefill: Sequence[int] | None = None,
+    cache: int | None = None,
+    branches: Sequence[Branch] = BRANCHES,
+    verify_images: Sequence[np.ndarray] | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Write `model` as `.tflite` files, a tokenizer and a manifest; compare each seam with JAX; only then name it `out_dir`.
+
+    `prefill` and `cache` are token counts (`lengths` if None). `verify_images` are pictures u8[H W 3] to compare on
+    (composed screens if None). An earlier export at `out_dir` is replaced, anything else there is left alone.
+    Raises `ExportError` for a seam further than `verify.LIMIT` from JAX, with the number, `ExportUnavailable` without
+    the converter. Whatever is raised, nothing of a failed export remains.
+    """
+    lower.require()
+    out = Path(out_dir)
+    _check_free(out)
+    defaults = lengths(model.config)
+    prefill, cache = prefill or defaults[0], cache or defaults[1]
+    if min(prefill) < 2 or max(prefill) > cache or not branches:
+        raise ExportError(f"prefill lengths {list(prefill)} must lie in 2 .. cache = {cache}, and one branch be given")
+    pictures = default_pictures(model.config) if verify_images is None else verify_images
+    work = out.with_name(out.name + ".part")
+    shutil.rmtree(work, ignore_errors=True)
+    parts = make(model.config, model.params, branches, prefill, cache)
+    try:
+        work.mkdir(parents=True)
+        with tqdm(total=len(parts) + 1, desc="export", unit="part", disable=not progress) as bar:
+            for name, part in parts.items():
+                bar.set_postfix_str(name)
+                lower.to_tflite(work / f"{name}.tflite", part.params, part.signatures)
+                bar.update()
+            model.tokenizer.save(work / TOKENIZER)
+            files, scale = {name: f"{name}.tflite" for name in parts}, float(model.info.get("vrc_scale", 1.0))
+            manifest.write(work, manifest.describe(work, model.config, files, TOKENIZER, {}, scale))
+            bar.set_postfix_str("verify")
+            seams = verify.seams(model, Runtime(work), pictures)
+            bar.update()
+        for seam in seams:
+            if not seam.ok:
+                raise ExportError(f"{out}: not exported: {seam}")
+        done = manifest.describe(work, model.config, files, TOKENIZER, {s.name: s.error for s in seams}, scale)
+        manifest.write(work, done)
+        _publish(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def default_pictures(cfg: ModelConfig, n: int = 3) -> list[np.ndarray]:
+    """Held-out screens from one tile to as many as a plan may have."""
+    from hypervl_jax.data import screens
+    from hypervl_jax.data.assets import Assets
+
+    assets, t, most = Assets.load(), max(cfg.policy.tile, 24), cfg.policy.max_tiles
+    out = []
+    for i in range(n):
+        side = round(t * (1 + (most**0.5 - 1) * i / max(1, n - 1)))
+        shape = ScreensConfig(min_side=max(16, side * 3 // 4), max_side=side, max_area=side * side)
+        out.append(screens.record(assets, shape, "test_known", i).image)
+    return out
+
+
+def _check_free(out: Path) -> None:
+    if not out.exists():
+        return
+    ours = {manifest.NAME, TOKENIZER}
+    if not out.is_dir() or any(p.name not in ours and p.suffix != ".tflite" for p in out.iterdir()):
+        raise ExportError(f"{out}: exists and is not an exported model; remove it or name another folder")
+    if any(out.iterdir()) and not (out / manifest.NAME).is_file():
+        raise ExportError(f"{out}: not empty and without a {manifest.NAME}; remove it or name another folder")
+
+
+def _publish(work: Path, out: Path) -> None:
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(work, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""Exported files against JAX, seam by seam, on real pictures: a wrong part is named by its own number.
+
+A seam's error is max |file - JAX| / max |JAX|, the worst over pictures, tiles and steps. Each seam is fed with JAX's
+own values, so that errors do not add up from seam to seam; `answers` then goes the whole way. Its error is the regret:
+by how much JAX would have preferred its own token to the one the files chose, over the largest logit; 0 if all agree.
+
+Axes: N tiles, M tokens a tile, L prompt, S cache length, D decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypervl_jax import compress, generate, image, plan, text
+from hypervl_jax.checkpoint import Model
+from hypervl_jax.config import Branch
+from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
+from hypervl_jax.generate import DecodeState
+from hypervl_jax.model import hypervl
+
+LIMIT = 1e-4
+QUESTION = "what is this?"
+STEPS = 6  # tokens an answer may have here
+
+_encode = jax.jit(hypervl.encode_batch, static_argnums=(1, 2))
+_embed = jax.jit(hypervl.embed)
+_prefill = jax.jit(generate.prefill, static_argnums=(1, 5))
+_step = jax.jit(generate.sample_step, static_argnums=(1, 3, 5))
+
+
+class Seam(NamedTuple):
+    """Where files and JAX meet, and how far apart they were."""
+
+    name: str
+    error: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= LIMIT  # not of NaN
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.error:.2g} of the largest value away from JAX, {LIMIT:g} is allowed"
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """max |a - b| / max |b|."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
+
+
+def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> list[Seam]:
+    """Every seam of every branch on all pictures (u8[H W 3])."""
+    if not pictures:
+        raise ValueError("an export is verified on at least one picture; none was given")
+    with jax.default_matmul_precision("highest"):
+        worst: dict[str, float] = {}
+
+        def note(name: str, error: float) -> None:
+            worst[name] = max(worst.get(name, 0.0), error, key=lambda e: float("inf") if np.isnan(e) else e)
+
+        for pixels in pictures:
+            note("vrc", _vrc(model, runtime, pixels))
+        x: dict[tuple[str, int], np.ndarray] = {}
+        for branch in runtime.branches:
+            for i, pixels in enumerate(pictures):
+                error, features, p = _encoder(model, runtime, pixels, branch)
+                note(ENCODER + branch, error)
+                x[branch, i] = _prompt(model, runtime, p, features)
+        note("embedder", _embedder(model, runtime))
+        everything = np.concatenate(list(x.values()), axis=1)
+        for name, error in _prefills(model, runtime, everything).items():
+            note(name, error)
+        for (branch, i), row in x.items():
+            decode, answers = _answers(model, runtime, pictures[i], branch, row)
+            note("decode", decode)
+            note("answers", answers)
+    return [Seam(name, error) for name, error in worst.items()]
+
+
+def _vrc(model: Model, runtime: Runtime, pixels: np.ndarray) -> float:
+    proxy = jnp.asarray(image.proxy(pixels, model.config.vrc.side))[None]
+    want = compress.predict_proxies(model.params["vrc"], model.config.vrc, proxy)
+    return relative(np.array([runtime.alpha(pixels)]), np.asarray(want))
+
+
+def _encoder(
+    model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch
+) -> tuple[float, np.ndarray, plan.VisionPlan]:
+    """Worst tile, JAX's features and the plan (full size)."""
+    p = plan.make(pixels.shape[:2], 1.0, model.config.policy)
+    found = runtime.encode(pixels, p, branch)
+    tiles = zip(image.prepare(pixels, p), p.patch_mask(), strict=True)
+    want = [np.asarray(_encode(model.params, model.config, branch, t[None], m[None])) for t, m in tiles]
+    return max(relative(f, w[0]) for f, w in zip(found, want, strict=True)), np.concatenate(want), p
+
+
+def _prompt(model: Model, runtime: Runtime, p: plan.VisionPlan, features: np.ndarray) -> np.ndarray:
+    """f32[1 L D]: JAX's embeddings of a question about a picture."""
+    row = runtime.prompt(p, QUESTION)
+    x = _embed(model.params, row.ids[None], row.slots[None], features.reshape(1, -1, features.shape[-1]))
+    return np.asarray(x)
+
+
+def _embedder(model: Model, runtime: Runtime) -> float:
+    """Every row of a small table, a sample of a large one."""
+    vocab = model.config.llm.vocab
+    ids = np.arange(vocab, dtype=np.int32)[:: max(1, vocab // 2048)]
+    return relative(runtime.embed(ids)[0], np.asarray(model.params["llm"]["embed"])[ids])
+
+
+def _prefills(model: Model, runtime: Runtime, x: np.ndarray) -> dict[str, float]:
+    """Caches of each prefill length. A key depends on no later position, so the longest run is the reference of all."""
+    longest = runtime.buckets[-1]
+    x = np.tile(x, (1, -(-longest // x.shape[1]), 1))[:, :longest]
+    state = _prefill(model.params, model.config, x, np.zeros(1, np.int32), jax.random.key(0), runtime.cache_length)
+    out = {}
+    for n in runtime.buckets:
+        found = runtime.prefill(x[:, :n])
+        pairs = ((found[f"kv_cache_{s}_{i}"], getattr(c, s)) for i, c in enumerate(state.caches) for s in "kv")
+        out[f"{PREFILL}{n}"] = max(relative(f[:, :, :n], np.asarray(w)[:, :, :n]) for f, w in pairs)
+    return out
+
+
+def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch, x: np.ndarray) -> tuple[float, float]:
+    """(decode, answers): logits step by step, and the regret of the answer that the files give from the pixels on.
+
+    JAX is led along the files' tokens, padded on the left as it pads batches; the files are not padded.
+    """
+    answer = runtime.answer(pixels, QUESTION, branch, vrc=False, max_new=STEPS)
+    tok, length, n = model.tokenizer, runtime.cache_length - STEPS, x.shape[1]
+    forbidden, end = tok.forbidden(model.config.llm.vocab), tok.special(text.IM_END)
+    padded = np.pad(x, ((0, 0), (length - n, 0), (0, 0)))
+    pads = np.array([length - n], np.int32)
+    state = _prefill(model.params, model.config, padded, pads, jax.random.key(0), runtime.cache_length)
+    caches, decode, regret = runtime.prefill(x[:, :-1]), 0.0, 0.0
+    for i in range(len(answer.ids) + answer.ended):
+        want = np.asarray(state.logits[0])
+        found, caches = runtime.step(x[:, -1:], n - 1 + i, caches)
+        decode = max(decode, relative(found, want))
+        chosen = [answer.ids[i]] if i < len(answer.ids) else [end, tok.special(text.PAD)]
+        regret = max(regret, float((want[~forbidden].max() - want[chosen].max()) / np.abs(want).max()))
+        if i < len(answer.ids):
+            state = _led(model, state, answer.ids[i], forbidden, end)
+            x = np.asarray(model.params["llm"]["embed"])[None, [answer.ids[i]]]
+    return decode, regret
+
+
+def _led(model: Model, state: DecodeState, token: int, forbidden: np.ndarray, end: int) -> DecodeState:
+    """JAX's state after `token`, whatever its own choice was."""
+    state = state._replace(logits=jnp.zeros_like(state.logits).at[0, token].set(1))
+    return _step(model.params, model.config, state, generate.Sampler(), forbidden, end)[0]
