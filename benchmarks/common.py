@@ -1,0 +1,122 @@
+"""What every benchmark shares: its arguments, its bars, its results file, an interval.
+
+args = arguments(__doc__)                        # --quick, --out FOLDER
+...
+bars = [Bar("serial_flat", 0.99, 0.95)]
+sys.exit(finish("tiling_memory", metrics, bars, args, seeds=[0]))
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert")
+
+
+def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """--quick (about a minute) and --out; a quick run writes beside the full results, never over them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, about a minute; no committed file changes")
+    parser.add_argument("--out", type=Path, help="folder of the results file (default: benchmarks/results)")
+    args = parser.parse_args(argv)
+    args.out = args.out or (HERE.parent / ".cache" / "benchmarks" if args.quick else HERE / "results")
+    return args
+
+
+class Bar(NamedTuple):
+    """One figure that must hold. `sense` is ">=" or "<="; a figure that is not a number falls short."""
+
+    name: str
+    figure: float
+    target: float
+    sense: str = ">="
+
+    @property
+    def ok(self) -> bool:
+        return self.figure >= self.target if self.sense == ">=" else self.figure <= self.target
+
+    def __str__(self) -> str:
+        return f"bar {self.name}: {self.figure:.4g} {self.sense} {self.target:g} {'ok' if self.ok else 'falls short'}"
+
+
+def finish(
+    topic: str,
+    metrics: dict[str, Any],
+    bars: Sequence[Bar],
+    args: argparse.Namespace,
+    seeds: Sequence[int] = (),
+) -> int:
+    """Writes OUT/TOPIC-MACHINE.json, prints the bars last, returns the exit status: 1 if one falls short."""
+    result = {
+        "topic": topic,
+        "metrics": metrics,
+        "bars": [{**bar._asdict(), "ok": bar.ok} for bar in bars],
+        "quick": args.quick,
+        "seeds": list(seeds),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": machine(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{topic}-{result['machine']['kind']}.json"
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(f"\nwrote {os.path.relpath(path)}")
+    for bar in bars:
+        print(bar)
+    return int(not all(bar.ok for bar in bars))
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); (0, 1) when nothing was counted."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = successes / n, z * z / n
+    middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine this is; no names, no addresses. `kind` is "cpu" or the accelerator, fit for a file name."""
+    import jax  # here: a benchmark may set JAX's environment after it imports this file
+
+    device = jax.devices()[0]
+    kind = "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-").replace("/", "-")
+    out = {"kind": kind, "devices": jax.device_count(), "system": f"{platform.system()} {platform.machine()}"}
+    out["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        out["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return out
+
+
+def commit() -> str:
+    """The commit of the code that ran, "+changes" where the source differs from it."""
+    try:
+        git = ["git", "-C", str(HERE)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../src", "."]).returncode
+        return head + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages whose release can move a number; only those installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
