@@ -1,7 +1,7 @@
 """Every setting of the library: nested frozen dataclasses and named presets.
 
-A config is a value: hashable, printable, serialisable (`to_dict`, `from_dict`). Presets are functions of no arguments; a
-file under `configs/` is one runnable experiment, `get_config() -> Config`.
+A config is a value: hashable, printable, serialisable (`to_dict`, `from_dict`). Presets are functions of no arguments;
+a file under `configs/` is one runnable experiment, `get_config() -> Config`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ from typing import Any, Literal
 
 Branch = Literal["base", "large"]
 BRANCHES: tuple[Branch, ...] = ("base", "large")
+
+
+def _positive(settings: Any, *names: str) -> None:
+    if small := [n for n in names if getattr(settings, n) < 1]:
+        raise ValueError(f"{', '.join(small)} must be at least 1")
+
+
+def _multiple(settings: Any, name: str, of: str) -> None:
+    a, b = getattr(settings, name), getattr(settings, of)
+    if a % b:
+        raise ValueError(f"{name} {a} must be a multiple of {of} {b}")
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,9 @@ class PlanPolicy:
     min_side: int = 32  # pixels; the ratio never shrinks a side below this
 
     def __post_init__(self):
+        _positive(self, "tile", "patch", "merge", "max_tiles", "min_side")
         if self.tile % (self.patch * self.merge):
             raise ValueError(f"tile {self.tile} must be a multiple of patch x merge = {self.patch * self.merge}")
-        if self.max_tiles < 1 or self.min_side < 1:
-            raise ValueError("max_tiles and min_side must be at least 1")
 
     @property
     def cell(self) -> int:
@@ -70,6 +80,11 @@ class VitConfig:
     patch: int = 16
     eps: float = 1e-6
 
+    def __post_init__(self):
+        _positive(self, "width", "depth", "heads", "mlp", "tile", "patch")
+        _multiple(self, "width", "heads")
+        _multiple(self, "tile", "patch")
+
     @property
     def patches(self) -> int:
         return (self.tile // self.patch) ** 2
@@ -90,6 +105,12 @@ class LlmConfig:
     eps: float = 1e-6
     tied: bool = True
 
+    def __post_init__(self):
+        _positive(self, "vocab", "width", "depth", "heads", "kv_heads", "head_dim", "mlp")
+        _multiple(self, "heads", "kv_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: the rotary embedding turns pairs")
+
 
 @dataclass(frozen=True)
 class VrcConfig:
@@ -104,7 +125,7 @@ class VrcConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Chat template. `think` adds Qwen3's empty thinking block; `coords` is the grid of points and boxes in the text."""
+    """Chat template. `think` adds Qwen3's empty thinking block; `coords` is the grid of points and boxes in text."""
 
     think: bool = True
     layout: Literal["rowcol", "plain"] = "rowcol"
@@ -323,7 +344,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+def from_dict(cls: type, values: Any, where: str = "config") -> Any:
     """The inverse of `to_dict`, strict: unknown, missing and mistyped settings raise `ConfigError` with their path."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected settings of {cls.__name__}, found {values!r}")

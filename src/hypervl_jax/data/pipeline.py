@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ DIGITS = tuple("0123456789")
 LEGIBLE = 10  # pixels a side, as shown: smaller things are not asked for by the image-name term
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to screens, and their (height, width) without decoding."""
 

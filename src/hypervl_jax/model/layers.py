@@ -69,10 +69,10 @@ def attention(
 
 
 class Stack(nn.Module):
-    """`depth` blocks over one stacked parameter tree: `nn.scan` (with remat) to train, a plain loop to export and decode.
+    """`depth` blocks over one stacked parameter tree: `nn.scan` (with remat) to train, a loop to export and decode.
 
-    A block maps (x, cache, *shared) -> (x, cache). The loop takes and returns a tuple of one cache a layer; the scan has
-    none.
+    A block maps (x, cache, *shared) -> (x, cache). The loop takes and returns a tuple of one cache a layer; the scan
+    has none.
     """
 
     block: type[nn.Module]

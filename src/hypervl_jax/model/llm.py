@@ -1,4 +1,4 @@
-"""Qwen3 decoder: embeddings (+ cache) -> hidden states, cache; hidden states -> logits (HyperVL 3.1; Qwen3, 2505.09388).
+"""Qwen3 decoder: embeddings (+ cache) -> hidden states, cache; hidden states -> logits (HyperVL 3.1; Qwen3 report).
 
 Grouped-query attention with an RMS norm on queries and keys before the rotary embedding, SwiGLU, tied head.
 Axes: B batch, L sequence, S cache length, H heads, K kv heads, d head width, D width, V vocabulary.

@@ -1,4 +1,4 @@
-"""Pixel shuffle and a two-layer MLP: patch features -> decoder embeddings, a quarter as many (HyperVL 3.1; InternVL mlp1).
+"""Pixel shuffle and a two-layer MLP: patch features -> decoder embeddings, a quarter as many (HyperVL 3.1; InternVL).
 
 Axes: N tiles, P patches a tile, M = P / merge^2 tokens a tile, D encoder width, E decoder width.
 """

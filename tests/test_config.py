@@ -1,0 +1,211 @@
+"""Settings: JSON there and back, strict errors that name the place and the cure, presets that hang together."""
+
+import dataclasses
+import json
+import math
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hypervl_jax import config
+from hypervl_jax.config import Config, ConfigError, LlmConfig, PlanPolicy, TrainConfig, VitConfig
+
+few = settings(max_examples=60, deadline=None)
+
+
+def leaves(cls: type, path: tuple[str, ...] = ()):
+    """(path, type) of every setting below `cls`."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from leaves(typing.cast(type, kind), (*path, name))
+        else:
+            yield (*path, name), kind
+
+
+LEAVES = list(leaves(Config))
+PRESET = st.sampled_from([config.preset(name) for name in config.PRESETS])
+
+
+def at(tree: dict, path: tuple[str, ...]) -> dict:
+    """The settings that the last key of `path` stands in."""
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree
+
+
+def values_of(kind):
+    """A strategy of values that a setting of this type accepts."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return st.sampled_from(args)
+    if origin is tuple:
+        return st.lists(values_of(args[0]), max_size=4).map(tuple)
+    numbers = st.floats(allow_nan=False, allow_infinity=False)
+    return {bool: st.booleans(), int: st.integers(1, 10**9), str: st.text(max_size=9), float: numbers}[kind]
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_presets_are_values(name):
+    cfg = config.preset(name)
+    assert cfg == config.preset(name)
+    assert hash(cfg) == hash(config.preset(name))
+    assert cfg.name == name
+    assert len(cfg.data.lengths) == len(cfg.data.tile_buckets)
+    assert list(cfg.data.tile_buckets) == sorted(cfg.data.tile_buckets)
+
+
+@pytest.mark.parametrize("name", ["tiny", "quickstart", "nano"])
+def test_the_largest_screen_of_a_preset_fits_its_buckets(name):
+    """Any size the composition may draw has a bucket of tiles."""
+    from hypervl_jax import plan
+    from hypervl_jax.data import pipeline
+
+    cfg = config.preset(name)
+    s = cfg.data.screens
+    for height in range(s.min_side, s.max_side + 1):
+        width = min(s.max_side, s.max_area // height)
+        for size in ((height, width), (width, height)):
+            pipeline.bucket_of(plan.make(size, 1.0, cfg.model.policy).n_tiles, cfg.data)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("tinny", "did you mean 'tiny'"), ("zzz", "choose one of tiny, quickstart")]
+)
+def test_an_unknown_preset_is_answered_with_the_nearest(name, hint):
+    with pytest.raises(ConfigError, match=hint):
+        config.preset(name)
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(PRESET, st.data())
+def test_json_gives_the_same_config_back(cfg, data):
+    """Also with settings other than the presets'."""
+    values = config.to_dict(cfg)
+    for path, kind in data.draw(st.lists(st.sampled_from(LEAVES), max_size=6)):
+        if path[0] != "model":  # sizes there must agree with each other
+            at(values, path)[path[-1]] = data.draw(values_of(kind))
+    cfg = config.from_dict(Config, values)
+    text = json.dumps(config.to_dict(cfg))
+    assert config.from_dict(Config, json.loads(text)) == cfg
+
+
+@few
+@given(PRESET, st.sampled_from(LEAVES), st.data())
+def test_a_slip_in_any_name_is_an_error_with_its_path(cfg, leaf, data):
+    path, _ = leaf
+    values = config.to_dict(cfg)
+    node, name = at(values, path), path[-1]
+    cut = data.draw(st.integers(0, len(name)))
+    slip = name[:cut] + "x" + name[cut:]
+    node[slip] = node.pop(name)
+    with pytest.raises(ConfigError) as e:
+        config.from_dict(Config, values)
+    assert str(e.value).startswith(".".join(("config", *path[:-1], slip)) + ": no such setting")
+    assert f"did you mean '{name}'" in str(e.value) or len(name) < 3
+
+
+@few
+@given(PRESET, st.sampled_from(LEAVES), st.data())
+def test_a_value_of_another_type_is_an_error_with_its_path(cfg, leaf, data):
+    path, kind = leaf
+    wrong = [None, {}, {"a": 1}, [[]]]
+    if kind is not str:
+        wrong += ["12", "", "on"]
+    if kind is not bool:
+        wrong += [True]
+    if kind is int:
+        wrong += [1.0, 1.5]
+    values = config.to_dict(cfg)
+    at(values, path)[path[-1]] = data.draw(st.sampled_from(wrong))
+    with pytest.raises(ConfigError, match=r"config\." + r"\.".join(path) + r"(\[0\])?: "):
+        config.from_dict(Config, values)
+
+
+@pytest.mark.parametrize("path", [("model", "llm", "vocab"), ("model", "base", "width"), ("name",), ("model",)])
+def test_a_missing_setting_without_default_is_an_error(path):
+    values = config.to_dict(config.tiny())
+    del at(values, path)[path[-1]]
+    with pytest.raises(ConfigError, match=rf"config\.{'.'.join(path)}: missing"):
+        config.from_dict(Config, values)
+
+
+def test_settings_with_defaults_may_be_left_out():
+    values = config.to_dict(config.nano())
+    assert config.from_dict(Config, {k: values[k] for k in ("name", "model")}) == config.nano()
+
+
+@pytest.mark.parametrize("found", [None, 3, "tiny", []])
+def test_what_is_no_table_of_settings_is_an_error(found):
+    with pytest.raises(ConfigError, match="expected settings of Config"):
+        config.from_dict(Config, found)
+
+
+def test_a_whole_number_is_a_float_but_a_float_is_no_whole_number():
+    assert config.from_dict(TrainConfig, {"lr": 1}).lr == 1.0
+    assert type(config.from_dict(TrainConfig, {"lr": 1}).lr) is float
+    with pytest.raises(ConfigError, match="expected int, found 4"):
+        config.from_dict(TrainConfig, {"steps": 4.0})
+
+
+# --- sizes that cannot be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PlanPolicy(tile=40, patch=16), "tile 40 must be a multiple of patch x merge = 32"),
+        (lambda: PlanPolicy(patch=0), "at least 1"),
+        (lambda: PlanPolicy(merge=-2), "at least 1"),
+        (lambda: PlanPolicy(max_tiles=0), "at least 1"),
+        (lambda: VitConfig(64, 2, 3, 128), "width 64 must be a multiple of heads 3"),
+        (lambda: VitConfig(64, 2, 4, 128, tile=30, patch=16), "tile 30 must be a multiple of patch 16"),
+        (lambda: LlmConfig(8, 8, 1, 3, 2, 4, 8), "heads 3 must be a multiple of kv_heads 2"),
+        (lambda: LlmConfig(8, 8, 1, 2, 2, 5, 8), "head_dim 5 must be even"),
+        (lambda: dataclasses.replace(config.tiny().model, policy=PlanPolicy()), "the plan cuts tiles of 512"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_refusal_inside_json_names_its_place():
+    values = config.to_dict(config.tiny())
+    values["model"]["policy"]["patch"] = 0
+    with pytest.raises(ConfigError, match=r"config\.model\.policy: .*at least 1"):
+        config.from_dict(Config, values)
+
+
+def test_an_unknown_branch_is_answered_with_the_two_there_are():
+    # Under the tests' type checks the annotation answers, in use the function itself: both name the branches.
+    with pytest.raises((ValueError, TypeError), match=r"base.*large"):
+        config.tiny().model.vit("huge")  # type: ignore
+
+
+# --- hash ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_changes_the_hash():
+    base = config.to_dict(config.tiny())
+    seen = {config.config_hash(config.tiny())}
+    for path, kind in LEAVES:
+        if path[0] == "model":
+            continue
+        values = json.loads(json.dumps(base))
+        old = at(values, path)[path[-1]]
+        new = {bool: not old, int: 7919, float: math.pi, str: "other"}.get(kind)
+        if new is None:
+            options = typing.get_args(kind)
+            new = old[:-1] if typing.get_origin(kind) is tuple else next(o for o in options if o != old)
+        at(values, path)[path[-1]] = new
+        seen.add(config.config_hash(config.from_dict(Config, values)))
+    assert len(seen) == 1 + sum(path[0] != "model" for path, _ in LEAVES)
+    assert all(len(h) == 12 for h in seen)
