@@ -26,13 +26,11 @@ from tqdm import tqdm
 from hypervl_jax import image
 from hypervl_jax.config import VrcConfig, VrcTrainConfig
 from hypervl_jax.model import vrc
+from hypervl_jax.ratio import CompressError, unrescale
+from hypervl_jax.ratio import rescale as rescale
 
 Params = dict[str, Any]
 Numbers = float | int | Sequence[Any] | np.ndarray | np.generic | Array
-
-
-class CompressError(ValueError):
-    """Losses, labels or sizes that VRC cannot learn from or be applied to; the message says what to change."""
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -156,32 +154,7 @@ def _table(losses: Numbers, n: int) -> np.ndarray:
     return table.reshape(n, -1)
 
 
-# --- ratio and target ------------------------------------------------------------------------------------------------
-
-
-def rescale(alpha: Numbers, size: Numbers, cfg: VrcConfig) -> np.ndarray:
-    """The regression target alpha' = alpha x g of pictures of `size` (height, width; or [N 2]).
-
-    The network sees a proxy of fixed size, so what it can see is how large the *result* must be in proxies: g is the
-    picture's area (R1) or longer side, if above 1 (R2), measured in proxies (TC 4.1; TC app. C, eq. 20).
-    """
-    return np.asarray(np.asarray(alpha, np.float64) * _gain(size, cfg))
-
-
-def unrescale(alpha: Numbers, size: Numbers, cfg: VrcConfig) -> np.ndarray:
-    """The area ratio a prediction alpha' stands for, clipped to [min_ratio, 1]; the inverse of `rescale` in there."""
-    return np.asarray(np.clip(np.asarray(alpha, np.float64) / _gain(size, cfg), cfg.min_ratio, 1.0))
-
-
-def _gain(size: Numbers, cfg: VrcConfig) -> np.ndarray:
-    hw = np.asarray(size, np.float64)
-    if hw.shape[-1:] != (2,) or (hw <= 0).any():
-        raise CompressError(f"expected sizes (height, width) in pixels, found {size}")
-    if cfg.rescale == "R1":
-        return np.asarray(hw.prod(-1) / cfg.side**2)
-    if cfg.rescale == "R2":
-        return np.asarray(np.maximum(1.0, hw.max(-1) / cfg.side))
-    return np.ones(hw.shape[:-1])
+# --- ratio -----------------------------------------------------------------------------------------------------------
 
 
 def predict(params: Params, cfg: VrcConfig, pixels: UInt8[np.ndarray, "H W 3"], scale: float = 1.0) -> float:
@@ -190,7 +163,7 @@ def predict(params: Params, cfg: VrcConfig, pixels: UInt8[np.ndarray, "H W 3"], 
     The caller skips pictures that fit one tile anyway: there is nothing to save.
     """
     alpha = predict_proxies(params, cfg, jnp.asarray(image.proxy(pixels, cfg.side))[None])[0]
-    return float(np.clip(scale * unrescale(alpha, pixels.shape[:2], cfg), cfg.min_ratio, 1.0))
+    return float(unrescale(alpha, pixels.shape[:2], cfg, scale))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

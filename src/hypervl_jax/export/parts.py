@@ -10,7 +10,7 @@ The parts are the model's own functions with fixed shapes and the layers looped:
 
 Pictures are in 0..1; the patch mask is 1 on real pixels; the attention mask is 0 where visible, negative where hidden.
 Caches are kv_cache_k_<layer> and kv_cache_v_<layer>, f32[1 K C h] each, written from input_pos[0] on. Names and shapes
-of the embedder and the decoder are those LiteRT-LM loads; a prompt's last token goes through `decode`, which has logits.
+of embedder and decoder are those that LiteRT-LM loads. A prompt's last token goes through `decode`, which has logits.
 
 Axes: S proxy side, T tile side, P patches, M tokens a tile, D decoder width, L tokens, C cache length, K kv heads,
 h head width, V vocabulary.
@@ -150,7 +150,7 @@ def export(
     verify_images: Sequence[np.ndarray] | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Write `model` as `.tflite` files, a tokenizer and a manifest; compare each seam with JAX; only then name it `out_dir`.
+    """Write `model` as `.tflite` files with tokenizer and manifest, compare each seam with JAX, then name it `out_dir`.
 
     `prefill` and `cache` are token counts (`lengths` if None). `verify_images` are pictures u8[H W 3] to compare on
     (composed screens if None). An earlier export at `out_dir` is replaced, anything else there is left alone.

@@ -19,6 +19,7 @@ import numpy as np
 from hypervl_jax import compress, generate, image, plan, text
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch
+from hypervl_jax.export.lower import ExportError
 from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
 from hypervl_jax.generate import DecodeState
 from hypervl_jax.model import hypervl
@@ -56,7 +57,8 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> list[Seam]:
     """Every seam of every branch on all pictures (u8[H W 3])."""
     if not pictures:
-        raise ValueError("an export is verified on at least one picture; none was given")
+        raise ExportError("an export is verified on at least one picture; none was given")
+    model = model._replace(params=jax.device_put(model.params))  # once
     with jax.default_matmul_precision("highest"):
         worst: dict[str, float] = {}
 
@@ -65,7 +67,7 @@ def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> lis
 
         for pixels in pictures:
             note("vrc", _vrc(model, runtime, pixels))
-        x: dict[tuple[str, int], np.ndarray] = {}
+        x: dict[tuple[Branch, int], np.ndarray] = {}
         for branch in runtime.branches:
             for i, pixels in enumerate(pictures):
                 error, features, p = _encoder(model, runtime, pixels, branch)
@@ -115,10 +117,8 @@ def _embedder(model: Model, runtime: Runtime) -> float:
 
 def _prefills(model: Model, runtime: Runtime, x: np.ndarray) -> dict[str, float]:
     """Caches of each prefill length. A key depends on no later position, so the longest run is the reference of all."""
-    longest = runtime.buckets[-1]
-    x = np.tile(x, (1, -(-longest // x.shape[1]), 1))[:, :longest]
-    state = _prefill(model.params, model.config, x, np.zeros(1, np.int32), jax.random.key(0), runtime.cache_length)
-    out = {}
+    x = np.tile(x, (1, -(-runtime.cache_length // x.shape[1]), 1))[:, : runtime.cache_length]
+    state, out = _prefilled(model, runtime, x), {}
     for n in runtime.buckets:
         found = runtime.prefill(x[:, :n])
         pairs = ((found[f"kv_cache_{s}_{i}"], getattr(c, s)) for i, c in enumerate(state.caches) for s in "kv")
@@ -132,12 +132,9 @@ def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch,
     JAX is led along the files' tokens, padded on the left as it pads batches; the files are not padded.
     """
     answer = runtime.answer(pixels, QUESTION, branch, vrc=False, max_new=STEPS)
-    tok, length, n = model.tokenizer, runtime.cache_length - STEPS, x.shape[1]
+    tok, n = model.tokenizer, x.shape[1]
     forbidden, end = tok.forbidden(model.config.llm.vocab), tok.special(text.IM_END)
-    padded = np.pad(x, ((0, 0), (length - n, 0), (0, 0)))
-    pads = np.array([length - n], np.int32)
-    state = _prefill(model.params, model.config, padded, pads, jax.random.key(0), runtime.cache_length)
-    caches, decode, regret = runtime.prefill(x[:, :-1]), 0.0, 0.0
+    state, caches, decode, regret = _prefilled(model, runtime, x), runtime.prefill(x[:, :-1]), 0.0, 0.0
     for i in range(len(answer.ids) + answer.ended):
         want = np.asarray(state.logits[0])
         found, caches = runtime.step(x[:, -1:], n - 1 + i, caches)
@@ -148,6 +145,14 @@ def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch,
             state = _led(model, state, answer.ids[i], forbidden, end)
             x = np.asarray(model.params["llm"]["embed"])[None, [answer.ids[i]]]
     return decode, regret
+
+
+def _prefilled(model: Model, runtime: Runtime, x: np.ndarray) -> DecodeState:
+    """JAX's state after x, padded on the left to one length (one compilation), with room for an answer."""
+    length = runtime.cache_length
+    pads = length - x.shape[1]
+    x, key = np.pad(x, ((0, 0), (pads, 0), (0, 0))), jax.random.key(0)
+    return _prefill(model.params, model.config, x, np.array([pads], np.int32), key, length + STEPS)
 
 
 def _led(model: Model, state: DecodeState, token: int, forbidden: np.ndarray, end: int) -> DecodeState:
