@@ -1,4 +1,5 @@
-"""Answers to many questions at once, and what they are worth: exact match, or a point inside the box that was asked for.
+"""Answers to many questions at once and what they are worth: exact match, or a point inside the box asked for; and the
+losses of true answers, which VRC's labels are made of.
 
 Axes: B screens, N tiles, T tile side, P patches, F features a screen, R questions, L prompt, D width.
 """
@@ -16,12 +17,13 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from hypervl_jax import compress, generate, image, plan, text
+from hypervl_jax import compress, generate, image, losses, plan, ratio, text
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch, ModelConfig
 from hypervl_jax.data.screens import Question, Screen
-from hypervl_jax.model import hypervl
+from hypervl_jax.model import hypervl, llm
 from hypervl_jax.plan import VisionPlan
+from hypervl_jax.text import Prompt
 
 NEW = 8  # tokens an answer may have
 BATCH = 32  # screens encoded together
@@ -130,14 +132,10 @@ def answer(
 def _answer_batch(
     model: Model, branch: Branch, jobs: list[Job], plans: list[VisionPlan], n: int, batch: int, most: int
 ) -> Iterator[tuple[str, ...]]:
-    cfg, tok, t = model.config, model.tokenizer, model.config.policy.tile
-    tiles = np.zeros((batch, n, t, t, 3), np.uint8)
-    mask = np.zeros((batch, n, cfg.policy.patches_per_side**2), bool)
-    rows, screens = [], []
-    for b, (job, p) in enumerate(zip(jobs, plans, strict=True)):
-        tiles[b, : p.n_tiles], mask[b, : p.n_tiles] = image.prepare(job.image, p), p.patch_mask()
-        rows += [prompt(model, p, q) for q in job.questions]
-        screens += [b] * len(job.questions)
+    cfg, tok = model.config, model.tokenizer
+    tiles, mask = _tiles([j.image for j in jobs], plans, n, batch)
+    rows = [prompt(model, p, q) for job, p in zip(jobs, plans, strict=True) for q in job.questions]
+    screens = [b for b, job in enumerate(jobs) for _ in job.questions]
     fill = batch * most - len(rows)
     length = -(-max(len(ids) for ids, _ in rows) // 32) * 32
     ids, slots, pads = generate.pad_left(rows + rows[:1] * fill, length, tok.special(text.PAD))
@@ -166,8 +164,7 @@ def ratios(model: Model, screens: Iterable[Screen], batch: int = 64) -> np.ndarr
         proxies = np.zeros((batch, cfg.side, cfg.side, 3), np.float32)
         proxies[: len(now)] = [image.proxy(i, cfg.side) for i in now]
         alpha = np.asarray(compress.predict_proxies(model.params["vrc"], cfg, jnp.asarray(proxies)))[: len(now)]
-        alpha = scale * compress.unrescale(alpha, [i.shape[:2] for i in now], cfg)
-        out.append(np.clip(alpha, cfg.min_ratio, 1.0))
+        out.append(ratio.unrescale(alpha, [i.shape[:2] for i in now], cfg, scale))
     return np.concatenate(out)
 
 
@@ -193,6 +190,54 @@ def run(
         for i, (screen, answers) in enumerate(zip(screens, said, strict=True))
         for q, a in zip(screen.questions, answers, strict=True)
     ]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "branch", "questions"))
+def _losses(params: dict, cfg: ModelConfig, branch: Branch, questions: int, tiles: Array, mask: Array, row: Prompt):
+    feats = _features(params, cfg, branch, tiles, mask)
+    hidden = hypervl.hidden(params, cfg, feats, row.ids, row.slots, row.positions, row.segments)
+    targets, answers = losses.shift(row.ids, row.loss)
+    nats = losses.cross_entropy(llm.logits(params["llm"], hidden), targets)
+    own = answers[:, None] & (jnp.roll(row.segments, -1, 1)[:, None] == 1 + jnp.arange(questions)[:, None])
+    return jnp.where(own.any(-1), jnp.where(own, nats[:, None], 0).sum(-1) / own.sum(-1), jnp.nan)
+
+
+def answer_losses(
+    model: Model, branch: Branch, screens: Sequence[Screen], shrink: Sequence[float] | np.ndarray, questions: int
+) -> np.ndarray:
+    """f64[n questions]: mean nats a token of each true answer, teacher-forced; NaN where a screen has fewer."""
+    cfg, tok = model.config, model.tokenizer
+    plans = [plan.make(s.image.shape[:2], r, cfg.policy) for s, r in zip(screens, shrink, strict=True)]
+    sizes, groups = tile_buckets(cfg), defaultdict(list)
+    for i, p in enumerate(plans):
+        groups[next(s for s in sizes if p.n_tiles <= s)].append(i)
+    out = np.full((len(screens), questions), np.nan)
+    for n, members in sorted(groups.items()):
+        for start in range(0, len(members), BATCH):
+            now = members[start : start + BATCH]
+            fill = now + now[:1] * (BATCH - len(now))
+            rows = [
+                text.render_questions(
+                    plans[i], [(q.text, q.answer) for q in screens[i].questions[:questions]], tok, cfg.text
+                )
+                for i in fill
+            ]
+            length = -(-max(len(r.ids) for r in rows) // 32) * 32
+            tiles, mask = _tiles([screens[i].image for i in fill], [plans[i] for i in fill], n, BATCH)
+            row = text.stack(rows, length, tok.special(text.PAD))
+            got = _losses(model.params, cfg, branch, questions, tiles, mask, row)
+            out[now] = np.asarray(got)[: len(now)]
+    return out
+
+
+def _tiles(images: Sequence[np.ndarray], plans: Sequence[VisionPlan], n: int, batch: int):
+    """Pictures as tiles u8[batch n T T 3] and patch masks bool[batch n P], zero beyond what there is."""
+    policy = plans[0].policy
+    tiles = np.zeros((batch, n, policy.tile, policy.tile, 3), np.uint8)
+    mask = np.zeros((batch, n, policy.patches_per_side**2), bool)
+    for b, (pixels, p) in enumerate(zip(images, plans, strict=True)):
+        tiles[b, : p.n_tiles], mask[b, : p.n_tiles] = image.prepare(pixels, p), p.patch_mask()
+    return tiles, mask
 
 
 def accuracy(answers: Iterable[Answer]) -> dict[str, Accuracy]:

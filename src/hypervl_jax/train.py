@@ -188,6 +188,15 @@ def run(
     return state
 
 
+def restore(cfg: Config, out: Path | str, classes: int) -> State:
+    """The newest state of a run, to read its weights."""
+    ckpts = checkpoint.Checkpoints(Path(out) / "checkpoints", cfg.train.keep)
+    try:
+        return ckpts.restore(jax.eval_shape(lambda: init_state(cfg, classes)))
+    finally:
+        ckpts.close()
+
+
 def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
     values = {"config": config.to_dict(cfg), "classes": list(classes)}
     values["config"]["train"].pop("steps")

@@ -1,0 +1,305 @@
+"""The whole path as one resumable recipe: data, training, VRC, evaluation, export, answers from the exported files,
+report. `hypervl quickstart` runs it small, `--preset nano` makes the weights that ship.
+
+Each stage leaves its result in `OUT/stages/NAME.json`; a stage that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, plan, report, text, train
+from hypervl_jax.checkpoint import Model
+from hypervl_jax.config import BRANCHES, Config
+from hypervl_jax.data import pipeline
+from hypervl_jax.data.assets import Assets
+from hypervl_jax.data.screens import Screen
+from hypervl_jax.model import vrc
+from hypervl_jax.plan import VisionPlan
+
+SPLITS = ("test_known", "test_unseen")
+
+
+class Stages:
+    """Results by name, on disk: what was computed once is read back."""
+
+    def __init__(self, out: Path, say: Callable[[str], None]):
+        self.path, self.say = out / "stages", say
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
+        path = self.path / f"{name}.json"
+        if path.exists():
+            stored = json.loads(path.read_text())
+            self.say(f"{name}: done before, in {stored['seconds']:.0f} s")
+        else:
+            self.say(f"{name} ...")
+            start = time.monotonic()
+            result = compute()
+            stored = {"seconds": time.monotonic() - start, "result": result}
+            tmp = path.with_suffix(".part")
+            tmp.write_text(json.dumps(stored))
+            os.replace(tmp, path)
+        self.seconds[name] = stored["seconds"]
+        return stored["result"]
+
+
+def classes(cfg: Config) -> tuple[str, ...]:
+    """Names of the image-name term: the concepts, then the digits."""
+    return (*Assets.load().words[: cfg.data.screens.concepts], *pipeline.DIGITS)
+
+
+def corpus(screens: Iterable[Screen]) -> Iterable[str]:
+    for screen in screens:
+        for q in screen.questions:
+            yield from (q.text, q.answer)
+
+
+def run(cfg: Config, out: Path | str, say: Callable[[str], None] = print, export: bool = True) -> dict[str, Any]:
+    """Trains, evaluates, exports and reports under `out`; returns the summary that `out/summary.json` holds.
+
+    Resumes what was interrupted. Raises `ConfigError` if `out` holds another run.
+    """
+    from hypervl_jax.data import tfds_builders
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _same_config(out / "config.json", cfg)
+    stage = Stages(out, say)
+    screens = cfg.data.screens
+    stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
+    source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "label", *SPLITS)}
+
+    names, model_dir, words = classes(cfg), out / "model", out / checkpoint.TOKENIZER
+    if not words.exists():
+        some = (source["train"][i] for i in range(min(2_000, len(source["train"]))))
+        text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(words)
+    tokenizer = text.Tokenizer.load(words)
+    stage("train", lambda: _train(cfg, source["train"], tokenizer, names, out))
+    state = train.restore(cfg, out / "train", len(names))
+    key = jax.random.key(cfg.vrc.seed)
+    params = {k: v for k, v in state.params.items() if k != "names"}
+    model = Model(cfg.model, {**params, "vrc": vrc.init(key, cfg.model.vrc)}, tokenizer, {})
+    stage("labels", lambda: _labels(model, cfg, source["label"], out / "labels.npz"))
+    stage("vrc", lambda: _vrc(model, cfg, source["label"], out / "labels.npz", model_dir))
+    model = checkpoint.load_model(model_dir)
+
+    tests = {s: [source[s][i] for i in range(len(source[s]))] for s in SPLITS}
+    ratios = {
+        s: np.asarray(stage(f"ratios_{s}", lambda s=s: evaluate.ratios(model, tests[s]).tolist())) for s in SPLITS
+    }
+    said: dict[str, Any] = {}
+    for branch in BRANCHES:
+        for shrunk in (False, True):
+            name = f"eval_{branch}" + ("_vrc" if shrunk else "")
+            said[name] = stage(
+                name,
+                lambda b=branch, v=shrunk: {
+                    s: evaluate.run(model, b, tests[s], ratios[s] if v else None, progress=f"{b} {s}") for s in SPLITS
+                },
+            )
+    controls = stage("controls", lambda: _controls(model, tests))
+    summary: dict[str, Any] = {"name": cfg.name, "config_hash": config.config_hash(cfg), "controls": controls}
+    for v in ("", "_vrc"):
+        summary["accuracy" + v] = {b: _table(said[f"eval_{b}{v}"]) for b in BRANCHES}
+    summary["vrc"] = _saved(cfg, model, tests, ratios, said)
+    if export:
+        stage("export", lambda: _export(model, tests, out / "export"))
+        litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
+        summary |= {k: litert[k] for k in ("accuracy_litert", "accuracy_litert_vrc")}
+        summary["export"] = {**litert["export"], **json.loads((stage.path / "export.json").read_text())["result"]}
+    summary["memory"] = stage(
+        "memory", lambda: bench.memory_curve(cfg.model, [n * cfg.model.policy.tile for n in (1, 2, 3, 4, 6)])
+    )
+    summary["seconds"] = {**stage.seconds, "total": sum(stage.seconds.values())}
+    summary["peak_rss_gb"] = bench.peak_rss_gb()
+    summary["machine"] = bench.machine()
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
+    report.write(out / "report.html", summary, log, _samples(model, tests, ratios))
+    say(report.terminal_table(summary))
+    return summary
+
+
+def _same_config(path: Path, cfg: Config) -> None:
+    values = config.to_dict(cfg)
+    if not path.exists():
+        path.write_text(json.dumps(values, indent=1))
+    elif json.loads(path.read_text()) != values:
+        raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
+
+
+def _train(cfg: Config, source: pipeline.Source, tokenizer: text.Tokenizer, names: tuple[str, ...], out: Path) -> dict:
+    state = train.run(cfg, source, tokenizer, names, out / "train")
+    return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
+
+
+def _labels(model: Model, cfg: Config, source: pipeline.Source, path: Path) -> dict:
+    """VRC's labels: how far each picture may shrink before the true answers surprise the model."""
+    screens, q = [source[i] for i in range(len(source))], cfg.data.screens.questions
+
+    def loss_at(indices: np.ndarray, ratio: float) -> np.ndarray:
+        some = [screens[i] for i in indices]
+        return evaluate.answer_losses(model, cfg.vrc.branch, some, [ratio] * len(some), q)
+
+    found = compress.label_images(len(screens), loss_at, cfg.vrc, batch=256)
+    found.save(path)
+    kept = found.labels[found.kept]
+    return {"labelled": len(kept), "mean": float(kept.mean()), "full_size": float((kept == 1).mean())}
+
+
+def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_dir: Path) -> dict:
+    """Trains VRC on nine tenths of the labels, finds its scale on the rest, and writes the model directory."""
+    found, how = compress.LabelSet.load(path), cfg.model.vrc
+    screens = [source[i] for i in range(len(source))]
+    sizes = np.array([s.image.shape[:2] for s in screens])
+    cut = len(screens) * 9 // 10
+    keep = found.kept & (np.arange(len(screens)) < cut)
+    proxies = np.stack([(image.proxy(s.image, how.side) * 255).round().astype(np.uint8) for s in screens])
+    targets = compress.rescale(found.labels[keep], sizes[keep], how)
+    key = jax.random.key(cfg.vrc.seed)
+    params, history = compress.train(key, model.params["vrc"], proxies[keep], targets, how, cfg.vrc)
+    model = model._replace(params={**model.params, "vrc": params})
+    scale = _calibrate(model, cfg, screens[cut:])
+    info = {"config": config.to_dict(cfg), "vrc_scale": scale}
+    checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, half=True)
+    return {"mse": float(history[-20:].mean()), "scale": scale}
+
+
+def tables(
+    model: Model, branch: config.Branch, screens: Sequence[Screen], ratios: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, correct) f64[n ratios]: what each picture costs and is worth at each ratio; worth is the mean over its
+    questions."""
+    tokens = np.array([[_plan(s, r, model).tokens for r in ratios] for s in screens], float)
+    correct = np.zeros_like(tokens)
+    for j, r in enumerate(ratios):
+        said = evaluate.run(model, branch, screens, [r] * len(screens), progress=f"at {r:.1f}")
+        for i in range(len(screens)):
+            correct[i, j] = np.mean([a.correct for a in said if a.screen == i])
+    return tokens, correct
+
+
+def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float:
+    """The factor on predictions that keeps 98.7 % of the accuracy on pictures VRC was not trained on; 1 if none does."""
+    tokens, correct = tables(model, cfg.vrc.branch, screens, cfg.vrc.ratios)
+    try:
+        return compress.calibrate(evaluate.ratios(model, screens), cfg.vrc.ratios, tokens, correct)
+    except compress.CompressError:
+        return 1.0
+
+
+def _plan(screen: Screen, ratio: float, model: Model) -> VisionPlan:
+    return plan.make(screen.image.shape[:2], float(ratio), model.config.policy)
+
+
+def _controls(model: Model, tests: dict[str, list[Screen]]) -> dict[str, dict[str, float]]:
+    """What needs no looking: the most common answer, and the model shown another screen's picture."""
+    coords = model.config.text.coords
+    most = {s: evaluate.majority(tests[s], coords) for s in SPLITS}
+    blind = {s: evaluate.run(model, "large", tests[s][:400], shuffled=True, progress=f"shuffled {s}") for s in SPLITS}
+    return {
+        "majority": {f"{t}_{s.removeprefix('test_')}": x for s in SPLITS for t, x in most[s].items()},
+        "shuffled": {t: a["mean"] for t, a in _table(blind).items()},
+    }
+
+
+def _table(said: dict[str, list]) -> dict[str, dict[str, float]]:
+    """{split: answers} -> {"task_known" or "task_unseen": accuracy with its interval}."""
+    out = {}
+    for split, answers in said.items():
+        for task, a in evaluate.accuracy(evaluate.Answer(*x) for x in answers).items():
+            out[f"{task}_{split.removeprefix('test_')}"] = a._asdict()
+    return out
+
+
+def _saved(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) -> dict[str, float]:
+    """What VRC saves and keeps on the held-out screens, by the labelling branch; and whether it follows small print."""
+    branch = cfg.vrc.branch
+    vit, tokens, flops, legible = model.config.vit(branch), [], [], []
+    for split in SPLITS:
+        for s, r in zip(tests[split], ratios[split], strict=True):
+            now, full = _plan(s, r, model), _plan(s, 1.0, model)
+            tokens.append((now.tokens, full.tokens))
+            flops.append((now.vit_flops(vit), full.vit_flops(vit)))
+            if s.digit_height:
+                legible.append((r, 1 / s.digit_height**2))
+    with_vrc, without = (_table(said[f"eval_{branch}{v}"]) for v in ("_vrc", ""))
+    kept = {t: with_vrc[t]["mean"] / a["mean"] for t, a in without.items() if a["mean"]}
+    tokens, flops = np.array(tokens).sum(0), np.array(flops, float).sum(0)
+    worst = min(kept, key=lambda t: kept[t]) if kept else ""
+    mean = {v: np.mean([a["mean"] for a in t.values()]) for v, t in (("with", with_vrc), ("without", without))}
+    return {
+        "tokens_saved": float(1 - tokens[0] / tokens[1]),
+        "flops_saved": float(1 - flops[0] / flops[1]),
+        "retained": float(mean["with"] / max(mean["without"], 1e-9)),
+        "retained_worst_task": kept.get(worst, 0.0),
+        "worst_task": worst,
+        "rank_correlation": compress.spearman(*np.array(legible).T) if legible else float("nan"),
+        "mean_ratio": float(np.mean(np.concatenate([ratios[s] for s in SPLITS]))),
+    }  # fmt: skip
+
+
+def _export(model: Model, tests: dict[str, list[Screen]], out: Path) -> dict:
+    from hypervl_jax.export import parts
+
+    made = parts.export(model, out, verify_images=[tests[s][i].image for s in SPLITS for i in range(2)])
+    return {
+        "bytes": {p.name: p.bytes for p in made.parts},
+        "ops": sorted({op for p in made.parts for op in p.ops}),
+        "max_relative_error": max(made.parity.values()),
+    }
+
+
+def _litert(model: Model, tests: dict, ratios: dict, out: Path, n: int = 100) -> dict[str, Any]:
+    """`n` screens of each test split answered from the exported files alone, beside JAX on the same screens."""
+    from tqdm import tqdm
+
+    from hypervl_jax.export.runtime import Runtime
+
+    runtime, same, coords = Runtime(out), [], model.config.text.coords
+    said: dict[str, dict] = {"": {}, "_vrc": {}}
+    for branch in BRANCHES:
+        for name, shrunk in (("", False), ("_vrc", True)):
+            answers = {}
+            for split in SPLITS:
+                some = tests[split][:n]
+                jax_said = evaluate.run(model, branch, some, ratios[split][:n] if shrunk else None)
+                answers[split], it = [], iter(jax_said)
+                for i, s in enumerate(tqdm(some, desc=f"litert {branch}{name} {split}")):
+                    for q in s.questions:
+                        got = runtime.answer(s.image, q.text, branch, shrunk, evaluate.NEW).text
+                        ok = evaluate.right(q, got, s.image.shape[:2], coords)
+                        answers[split].append(evaluate.Answer(i, q.task, q.answer, got, ok))
+                        same.append(next(it).answer == got)
+            said[name][branch] = _table(answers)
+    return {
+        "accuracy_litert": said[""],
+        "accuracy_litert_vrc": said["_vrc"],
+        "export": {"same_answers": float(np.mean(same)), "n": len(same)},
+    }
+
+
+def _samples(model: Model, tests: dict[str, list[Screen]], ratios: dict, n: int = 6) -> list[report.Sample]:
+    """A few held-out screens with the plan at the predicted ratio, the questions, and what was answered."""
+    out, coords = [], model.config.text.coords
+    for split in SPLITS:
+        some, at = tests[split][:n], ratios[split][:n]
+        said = iter(evaluate.run(model, "base", some, at))
+        for s, r in zip(some, at, strict=True):
+            questions = []
+            for q in s.questions:
+                a = next(said)
+                where = evaluate.point(a.answer, s.image.shape[:2], coords) if q.task == "find" else None
+                questions.append((q.task, q.text, q.answer, a.answer, a.correct, where, q.box))
+            out.append(report.Sample(s.image, _plan(s, r, model), float(r), questions))
+    return out
