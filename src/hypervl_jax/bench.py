@@ -6,13 +6,17 @@ Axes: N tiles, T tile side, P patches a tile, M tokens a tile, D decoder width.
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from hypervl_jax import __version__
 from hypervl_jax.config import Branch, ModelConfig
 from hypervl_jax.model import hypervl
 from hypervl_jax.model.projector import Projector
@@ -95,3 +99,22 @@ def memory_curve(cfg: ModelConfig, sides: Iterable[int], branch: Branch = "base"
             "serial_mb": serial_bytes(cfg, across**2, branch) / 1e6,
         })  # fmt: skip
     return rows
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine and which versions a figure comes from; no names, no addresses."""
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {"hypervl_jax": __version__, "jax": jax.__version__, "python": platform.python_version()}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"device": device.device_kind, "cores": cores, "system": system, **versions}
+
+
+def peak_rss_gb() -> float:
+    """The most memory this process has held, GB of 10^9 bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -31,8 +31,8 @@ SPLITS = ("test_known", "test_unseen")
 class Stages:
     """Results by name, on disk: what was computed once is read back."""
 
-    def __init__(self, out: Path, say: Callable[[str], None]):
-        self.path, self.say = out / "stages", say
+    def __init__(self, out: Path):
+        self.path = out / "stages"
         self.path.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
 
@@ -40,9 +40,9 @@ class Stages:
         path = self.path / f"{name}.json"
         if path.exists():
             stored = json.loads(path.read_text())
-            self.say(f"{name}: done before, in {stored['seconds']:.0f} s")
+            print(f"{name}: done before, in {stored['seconds']:.0f} s")
         else:
-            self.say(f"{name} ...")
+            print(f"{name} ...")
             start = time.monotonic()
             result = compute()
             stored = {"seconds": time.monotonic() - start, "result": result}
@@ -64,36 +64,38 @@ def corpus(screens: Iterable[Screen]) -> Iterable[str]:
             yield from (q.text, q.answer)
 
 
-def run(cfg: Config, out: Path | str, say: Callable[[str], None] = print, export: bool = True) -> dict[str, Any]:
-    """Trains, evaluates, exports and reports under `out`; returns the summary that `out/summary.json` holds.
+def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Model:
+    """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
 
-    Resumes what was interrupted. Raises `ConfigError` if `out` holds another run.
+    Raises `ConfigError` if `out` holds a run with other settings.
     """
     from hypervl_jax.data import tfds_builders
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _same_config(out / "config.json", cfg)
-    stage = Stages(out, say)
-    screens = cfg.data.screens
+    stage, screens = stage or Stages(out), cfg.data.screens
     stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
-    source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "label", *SPLITS)}
-
+    source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "label")}
     names, model_dir, words = classes(cfg), out / "model", out / checkpoint.TOKENIZER
     if not words.exists():
         some = (source["train"][i] for i in range(min(2_000, len(source["train"]))))
         text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(words)
     tokenizer = text.Tokenizer.load(words)
     stage("train", lambda: _train(cfg, source["train"], tokenizer, names, out))
-    state = train.restore(cfg, out / "train", len(names))
-    key = jax.random.key(cfg.vrc.seed)
-    params = {k: v for k, v in state.params.items() if k != "names"}
-    model = Model(cfg.model, {**params, "vrc": vrc.init(key, cfg.model.vrc)}, tokenizer, {})
+    params = train.restore(cfg, out / "train", len(names)).params
+    fresh = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc)
+    model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": fresh}, tokenizer, {})
     stage("labels", lambda: _labels(model, cfg, source["label"], out / "labels.npz"))
     stage("vrc", lambda: _vrc(model, cfg, source["label"], out / "labels.npz", model_dir))
-    model = checkpoint.load_model(model_dir)
+    return checkpoint.load_model(model_dir)
 
-    tests = {s: [source[s][i] for i in range(len(source[s]))] for s in SPLITS}
+
+def run(cfg: Config, out: Path | str) -> dict[str, Any]:
+    """`make_model`, then evaluates, exports and reports under `out`; returns what `out/summary.json` holds."""
+    out, stage = Path(out), Stages(Path(out))
+    model = make_model(cfg, out, stage)
+    tests = held_out(cfg, out / "data")
     ratios = {
         s: np.asarray(stage(f"ratios_{s}", lambda s=s: evaluate.ratios(model, tests[s]).tolist())) for s in SPLITS
     }
@@ -112,11 +114,10 @@ def run(cfg: Config, out: Path | str, say: Callable[[str], None] = print, export
     for v in ("", "_vrc"):
         summary["accuracy" + v] = {b: _table(said[f"eval_{b}{v}"]) for b in BRANCHES}
     summary["vrc"] = _saved(cfg, model, tests, ratios, said)
-    if export:
-        stage("export", lambda: _export(model, tests, out / "export"))
-        litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
-        summary |= {k: litert[k] for k in ("accuracy_litert", "accuracy_litert_vrc")}
-        summary["export"] = {**litert["export"], **json.loads((stage.path / "export.json").read_text())["result"]}
+    exported = stage("export", lambda: _export(model, tests, out / "export"))
+    litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
+    summary |= {k: litert[k] for k in ("accuracy_litert", "accuracy_litert_vrc")}
+    summary["export"] = {**litert["export"], **exported}
     summary["memory"] = stage(
         "memory", lambda: bench.memory_curve(cfg.model, [n * cfg.model.policy.tile for n in (1, 2, 3, 4, 6)])
     )
@@ -126,8 +127,31 @@ def run(cfg: Config, out: Path | str, say: Callable[[str], None] = print, export
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
     report.write(out / "report.html", summary, log, _samples(model, tests, ratios))
-    say(report.terminal_table(summary))
+    print(report.terminal_table(summary))
     return summary
+
+
+def held_out(cfg: Config, data: Path, n: int | None = None) -> dict[str, list[Screen]]:
+    """The screens of both test splits (the first `n` of each), built where they are not."""
+    from hypervl_jax.data import tfds_builders
+
+    built = tfds_builders.build(cfg.data.screens, data)
+    return {s: [built[s][i] for i in range(min(n or len(built[s]), len(built[s])))] for s in SPLITS}
+
+
+def judge(model: Model, branch: config.Branch, shrink: bool, n: int | None, data: Path) -> dict[str, Any]:
+    """Accuracy per task on the held-out screens of the config that the model was trained with, and the controls.
+
+    Raises `ConfigError` for a model that carries no such config.
+    """
+    if "config" not in model.info:
+        raise config.ConfigError("this model does not say what it was trained on; eval needs a model made by `train`")
+    tests = held_out(config.from_dict(Config, model.info["config"], "info.config"), data, n)
+    said = {
+        s: evaluate.run(model, branch, some, evaluate.ratios(model, some) if shrink else None, progress=s)
+        for s, some in tests.items()
+    }
+    return {"branch": branch, "vrc": shrink, "accuracy": _table(said), "controls": _controls(model, tests)}
 
 
 def _same_config(path: Path, cfg: Config) -> None:
@@ -190,7 +214,7 @@ def tables(
 
 
 def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float:
-    """The factor on predictions that keeps 98.7 % of the accuracy on pictures VRC was not trained on; 1 if none does."""
+    """The factor on predictions that keeps 98.7 % of the accuracy on pictures VRC has not seen; 1 if none does."""
     tokens, correct = tables(model, cfg.vrc.branch, screens, cfg.vrc.ratios)
     try:
         return compress.calibrate(evaluate.ratios(model, screens), cfg.vrc.ratios, tokens, correct)
