@@ -1,0 +1,183 @@
+"""Three charts as SVG text: lines, bars, dots with intervals. Pure functions of numbers; every label is escaped.
+
+Colours and fonts are classes that the page's style sheet defines, so that one chart serves light and dark: `base`,
+`large`, `grey`. All charts are WIDTH units wide, which suits half a desktop page and a whole phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH = 440
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 36
+
+
+class Series(NamedTuple):
+    """One line. `colour` is a class of the style sheet; points whose y is not a number are left out."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: str = "base"
+
+
+class Dot(NamedTuple):
+    """A figure with its interval; hollow ones are drawn as rings."""
+
+    value: float
+    low: float
+    high: float
+    colour: str = "base"
+    hollow: bool = False
+
+
+def lines(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+    dots: bool = False,
+    smooth: bool = False,
+    height: int = 250,
+) -> str:
+    """Lines over a shared x. `log`: y logarithmic; `smooth`: a moving average, the raw line faint behind it."""
+    drawn = [s._replace(points=_finite(s.points, log)) for s in series]
+    drawn = [s for s in drawn if s.points]
+    if not drawn:
+        return ""
+    xs, ys = zip(*(p for s in drawn for p in s.points), strict=True)
+    x_ticks = _ticks(min(xs), max(xs))
+    y_ticks = _powers(min(ys), max(ys)) if log else _ticks(min(0.0, *ys), max(ys))
+    x = _scale(min(xs), max(xs), _LEFT, WIDTH - _RIGHT)
+    low, high = min(*ys, y_ticks[0]) if log else min(0.0, *ys), max(*ys, y_ticks[-1])
+    y = _scale(low, high, height - _BOTTOM, _TOP, math.log10 if log else float)
+    parts = []
+    for tick in y_ticks:
+        parts.append(_line(_LEFT, y(tick), WIDTH - _RIGHT, y(tick), "rule"))
+        parts.append(_text(_LEFT - 6, y(tick) + 4, _number(tick), "end"))
+    for tick in x_ticks:
+        parts.append(_text(x(tick), height - _BOTTOM + 16, _number(tick), "middle"))
+    parts.append(_text((WIDTH + _LEFT - _RIGHT) / 2, height - 4, x_label, "middle", "label"))
+    for s in drawn:
+        points = _average(s.points) if smooth else s.points
+        if smooth and len(s.points) > 8:
+            parts.append(_path(s.points, x, y, f"line raw {s.colour}"))
+        parts.append(_path(points, x, y, f"line {s.colour}"))
+        if dots or len(points) == 1:
+            parts += [_circle(x(a), y(b), 3.5, f"dot {s.colour}") for a, b in points]
+    return _svg(height, parts, f"{y_label} over {x_label}: {', '.join(s.label for s in drawn)}")
+
+
+def bars(rows: Sequence[tuple[str, float, str]], top: float | None = None, colour: str = "base") -> str:
+    """Horizontal bars of (label, value, text at the right); `top` is the value of a full track."""
+    rows = [r for r in rows if _is_number(r[1])]
+    if not rows:
+        return ""
+    top = top or max(value for _, value, _ in rows) or 1.0
+    left, right, step = 128, WIDTH - 72, 28
+    parts = []
+    for i, (label, value, text) in enumerate(rows):
+        y = i * step + 6
+        length = (right - left) * min(max(value / top, 0.0), 1.0)
+        parts.append(_text(left - 10, y + 13, label, "end"))
+        parts.append(f'<rect x="{left}" y="{y + 2}" width="{right - left}" height="14" rx="3" class="track"/>')
+        parts.append(f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="14" rx="3" class="bar {colour}"/>')
+        parts.append(_text(WIDTH, y + 13, text, "end", "figure"))
+    return _svg(len(rows) * step + 6, parts, "; ".join(f"{label}: {text}" for label, _, text in rows))
+
+
+def intervals(groups: Sequence[tuple[str, Sequence[Dot], Sequence[float]]]) -> str:
+    """Per group (label, dots, controls) a block of rows over 0 to 100 %: dots with whiskers, controls as upright ticks."""
+    left, right, row, gap = 104, WIDTH - 14, 15, 12
+    x = _scale(0.0, 1.0, left, right)
+    parts, y = [], 8.0
+    for label, dots, controls in groups:
+        block = max(len(dots), 1) * row
+        parts.append(f'<rect x="{left}" y="{y}" width="{right - left}" height="{block}" rx="3" class="track"/>')
+        parts.append(_text(left - 10, y + block / 2 + 4, label, "end"))
+        for i, control in enumerate(c for c in controls if _is_number(c)):
+            parts.append(_line(x(control), y, x(control), y + block, f"control control{i}"))
+        for i, dot in enumerate(dots):
+            middle = y + (i + 0.5) * row
+            parts.append(_line(x(dot.low), middle, x(dot.high), middle, f"whisker {dot.colour}"))
+            parts.append(_circle(x(dot.value), middle, 4, f"{'ring' if dot.hollow else 'dot'} {dot.colour}"))
+        y += block + gap
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(_text(x(tick), y + 8, f"{tick:.0%}", "middle" if 0 < tick < 1 else "end" if tick else "start"))
+    return _svg(round(y) + 14, parts, f"accuracy with 95 % intervals: {', '.join(g[0] for g in groups)}")
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _finite(points: Sequence[tuple[float, float]], positive: bool) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if _is_number(x) and _is_number(y) and (y > 0 or not positive)]
+
+
+def _average(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Centred moving average over a twentieth of the line, narrower towards its ends so that they stay in place."""
+    most, out = len(points) // 40, []
+    for i, (x, _) in enumerate(points):
+        k = min(most, i, len(points) - 1 - i)
+        window = points[i - k : i + k + 1]
+        out.append((x, sum(y for _, y in window) / len(window)))
+    return out
+
+
+def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers from low to high, about `wanted` of them."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / wanted
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten from the one at or below low to the one at or above high, thinned to at most six."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    last = max(last, first + 1)
+    return [10.0**i for i in range(first, last + 1, -(-(last - first) // 5))]
+
+
+def _scale(
+    low: float, high: float, start: float, stop: float, f: Callable[[float], float] = float
+) -> Callable[[float], float]:
+    span = f(high) - f(low) or 1.0
+    return lambda v: start + (stop - start) * (f(v) - f(low)) / span
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+# --- SVG -------------------------------------------------------------------------------------------------------------
+
+
+def _svg(height: int, parts: Sequence[str], title: str) -> str:
+    label = escape(title)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" class="chart" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> str:
+    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" class="{kind}"/>'
+
+
+def _circle(x: float, y: float, radius: float, kind: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{kind}"/>'
+
+
+def _path(points: Sequence[tuple[float, float]], x: Callable, y: Callable, kind: str) -> str:
+    return f'<path d="M{" L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)}" class="{kind}"/>'
