@@ -85,10 +85,12 @@ def encoder(cfg: ModelConfig, params: dict, branch: Branch) -> Part:
 
 def embedder(cfg: ModelConfig, params: dict) -> Part:
     """One row of the token table, as the operator that quantises."""
-    lookup = jax.lax.composite(lambda ids, table: llm.embed({"embed": table}, ids), name="odml.embedding_lookup")
+
+    def rows(ids, table):  # the operator takes flat ids
+        return llm.embed({"embed": table}, ids[None])[0]
 
     def embed(p, ids):
-        return lookup(ids.reshape(-1), p["embed"])[None]
+        return jax.lax.composite(rows, name="odml.embedding_lookup")(ids.reshape(-1), p["embed"])[None]
 
     args = (_array((1, 1), _i32),)
     return Part({"embed": params["llm"]["embed"]}, (Signature("embed", embed, args, ("token_ids",), ("embeddings",)),))

@@ -1,0 +1,168 @@
+"""Every part equals the model, a part that does not is found, and a failed export leaves nothing."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from hypervl_jax import config, plan, text
+from hypervl_jax.export import lower, manifest, parts, verify
+from hypervl_jax.export.lower import ExportError, ExportUnavailable
+from hypervl_jax.export.runtime import Runtime
+
+PARTS = ("vrc", "encoder_base", "encoder_large", "embedder", "decoder")
+
+
+def test_the_manifest_says_what_the_parts_are(exported, tiny_config):
+    m, c = manifest.check(exported), tiny_config.model
+    assert [p.name for p in m.parts] == list(PARTS)
+    assert sorted(p.name for p in exported.iterdir()) == sorted(
+        ["manifest.json", "tokenizer.json", *(f"{name}.tflite" for name in PARTS)]
+    )
+    assert m.model == c
+    assert m.vrc_scale == 0.9
+    entries = {s.name: s for s in m.part("decoder").signatures}
+    assert set(entries) == {"decode", "prefill_128", "prefill_96"}
+    caches = {f"kv_cache_{side}_{i}": (1, 2, 160, 16) for i in range(c.llm.depth) for side in "kv"}
+    decode, fill = entries["decode"], entries["prefill_96"]
+    common = {"embeddings": (1, 96, 48), "input_pos": (96,), "mask": (1, 1, 96, 160)}
+    assert {t.name: t.shape for t in fill.inputs} == common | caches
+    assert {t.name: t.shape for t in fill.outputs} == caches
+    assert {t.name: t.shape for t in decode.outputs} == {"logits": (1, 1, 512)} | caches
+    (vision,) = m.part("encoder_large").signatures
+    assert {t.name: (t.dtype, t.shape) for t in vision.inputs} == {
+        "images": ("float32", (1, 32, 32, 3)),
+        "mask": ("float32", (1, 16)),
+    }
+
+
+def test_only_builtin_operators(exported):
+    for part in manifest.read(exported).parts:
+        assert lower.check_ops(exported / part.file.file) == list(part.ops)
+        assert not any(op.startswith(("CUSTOM", "FLEX", "STABLEHLO")) for op in part.ops)
+    assert "DEPTHWISE_CONV_2D" in manifest.read(exported).part("vrc").ops
+    assert "EMBEDDING_LOOKUP" in manifest.read(exported).part("embedder").ops
+
+
+def test_every_seam_was_measured(exported):
+    parity = manifest.read(exported).parity
+    seams = {"vrc", "encoder_base", "encoder_large", "embedder", "prefill_96", "prefill_128", "decode", "answers"}
+    assert set(parity) == seams
+    assert max(parity.values()) <= verify.LIMIT
+    assert parity["decode"] > 0  # the runtime rounds otherwise than XLA: equal to the bit means not compared
+
+
+def test_decoder_holds_its_weights_once(exported, tiny_model):
+    weights = sum(x.nbytes for x in jax.tree.leaves(tiny_model.params["llm"]))
+    assert weights < (exported / "decoder.tflite").stat().st_size < 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("part", "seam"),
+    [("vrc", "vrc"), ("encoder_base", "encoder_base"), ("embedder", "embedder"), ("decoder", "decode")],
+)
+def test_a_wrong_part_is_named(part, seam, exported, tiny_model, tiny_screens, tmp_path):
+    """One weight of one file is changed by 2 %; JAX keeps the right one."""
+    m, folder = manifest.read(exported), tmp_path / "changed"
+    shutil.copytree(exported, folder)
+    made = parts.make(tiny_model.config, tiny_model.params, ["base"], [96, 128], 160)[part]
+    leaves, tree = jax.tree.flatten(made.params)
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[largest] = np.array(leaves[largest]) * np.float32(1.02)
+    lower.to_tflite(folder / f"{part}.tflite", jax.tree.unflatten(tree, leaves), made.signatures)
+    files = {p.name: p.file.file for p in m.parts}
+    manifest.write(folder, manifest.describe(folder, m.model, files, "tokenizer.json", {}, m.vrc_scale))
+    found = {s.name: s for s in verify.seams(tiny_model, Runtime(folder), [tiny_screens[0].image])}
+    assert not found[seam].ok
+    assert found[seam].error > 1e-3
+    wrong = {s for s in found if not found[s].ok} - {"answers"}
+    assert wrong <= ({seam} if part != "decoder" else {"decode", "prefill_96", "prefill_128"})
+
+
+def test_a_seam_that_is_not_a_number_fails():
+    assert not verify.Seam("vrc", float("nan")).ok
+    assert np.isnan(verify.relative(np.array([1.0, np.nan]), np.ones(2)))
+    assert verify.relative(np.zeros(2), np.zeros(2)) == 0
+    assert verify.relative(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == 0.5
+
+
+def test_a_failed_export_leaves_nothing(tiny_model, tiny_screens, exported, tmp_path, monkeypatch):
+    """Wrong weights in one part; an earlier export at the same place stays as it was."""
+    embedder = parts.embedder
+
+    def wrong(cfg, params):
+        return embedder(cfg, {"llm": {"embed": params["llm"]["embed"] * np.float32(1.01)}})
+
+    monkeypatch.setattr(parts, "embedder", wrong)
+    out, pictures = tmp_path / "out", [tiny_screens[0].image]
+    with pytest.raises(ExportError, match=r"out: not exported: embedder is 0\.01 of the largest value away from JAX"):
+        parts.export(tiny_model, out, prefill=(128,), branches=("base",), verify_images=pictures, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    shutil.copytree(exported, out)
+    with pytest.raises(ExportError, match="embedder"):
+        parts.export(tiny_model, out, prefill=(128,), branches=("base",), verify_images=pictures, progress=False)
+    assert manifest.check(out) == manifest.check(exported)
+    monkeypatch.undo()
+    m = parts.export(tiny_model, out, prefill=(128,), branches=("base",), verify_images=pictures, progress=False)
+    assert manifest.check(out) == m
+    assert [p.name for p in m.parts] == ["vrc", "encoder_base", "embedder", "decoder"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_is_no_export_is_left_alone(tiny_model, exported, tmp_path):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.txt").write_text("words")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(exported, mixed)
+    (mixed / "notes.txt").write_text("words")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "net.tflite").write_bytes(b"")
+    for path in (thesis, mixed, foreign, thesis / "chapter.txt"):
+        with pytest.raises(ExportError, match=rf"{path.name}: .*remove it or name another folder"):
+            parts.export(tiny_model, path, progress=False)
+    assert (thesis / "chapter.txt").read_text() == "words"
+    assert (mixed / "notes.txt").is_file()
+    with pytest.raises(ExportError, match=r"prefill lengths \[512\] must lie in 2 .. cache = 256"):
+        parts.export(tiny_model, tmp_path / "new", prefill=(512,), cache=256, progress=False)
+    with pytest.raises(ExportError, match="at least one picture"):
+        parts.export(tiny_model, tmp_path / "new", prefill=(8,), cache=16, verify_images=[], progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_the_converter_export_says_so(tiny_model, tmp_path, monkeypatch):
+    importlib_import = lower.importlib.import_module
+
+    def import_module(name):
+        if name.startswith("litert_converter"):
+            raise ModuleNotFoundError(name)
+        return importlib_import(name)
+
+    monkeypatch.setattr(lower.importlib, "import_module", import_module)
+    with pytest.raises(ExportUnavailable, match=r"\[export\].*Everything but export works"):
+        parts.export(tiny_model, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "quickstart", "nano"])
+def test_default_lengths_hold_the_largest_prompt(name, tiny_tokenizer):
+    cfg = config.preset(name).model
+    lengths, cache = parts.lengths(cfg)
+    t, most = cfg.policy.tile, cfg.policy.max_tiles
+    rows = max(r for r in range(1, text.MAX_GRID + 1) if most % r == 0)
+    p = plan.make((rows * t, most // rows * t), 1.0, cfg.policy)
+    assert p.n_tiles == most + 1
+    content = [{"type": "image"}, {"type": "text", "text": "what number is shown?"}]
+    row = text.render([{"role": "user", "content": content}], [p], tiny_tokenizer, cfg.text)
+    assert len(row.ids) <= lengths[-1] <= cache - 32
+    assert list(lengths) == sorted(set(lengths))
+
+
+def test_default_pictures_run_from_one_tile_to_many(tiny_config):
+    counts = [
+        plan.make(p.shape[:2], 1.0, tiny_config.model.policy).n_tiles for p in parts.default_pictures(tiny_config.model)
+    ]
+    assert counts[0] == 1
+    assert counts[-1] > 4

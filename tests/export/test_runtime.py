@@ -1,0 +1,206 @@
+"""The host loop over the files answers as JAX answers, without JAX."""
+
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypervl_jax import compress, generate, image, plan, text
+from hypervl_jax.export import manifest, runtime
+from hypervl_jax.export.manifest import ManifestError
+from hypervl_jax.export.runtime import AnswerError, Runtime
+from hypervl_jax.model import hypervl
+
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def files(exported):
+    return Runtime(exported)
+
+
+def jax_answers(model, screens, ratios, branch):
+    """Greedy ids up to the end of each screen's first question: one batch, padded on the left."""
+    cfg, tok = model.config, model.tokenizer
+    plans = [plan.make(s.image.shape[:2], r, cfg.policy) for s, r in zip(screens, ratios, strict=True)]
+    rows = []
+    features = np.zeros((len(screens), 10 * cfg.policy.tokens_per_tile, cfg.llm.width), np.float32)
+    for b, (s, p) in enumerate(zip(screens, plans, strict=True)):
+        content = [{"type": "image"}, {"type": "text", "text": s.questions[0].text}]
+        row = text.render([{"role": "user", "content": content}], [p], tok, cfg.text)
+        rows.append((row.ids, row.slots))
+        tiles = np.zeros((10, cfg.policy.tile, cfg.policy.tile, 3), np.uint8)
+        mask = np.zeros((10, cfg.policy.patches_per_side**2), bool)
+        tiles[: p.n_tiles], mask[: p.n_tiles] = image.prepare(s.image, p), p.patch_mask()
+        features[b] = np.asarray(encode(model.params, cfg, branch, tiles, mask)).reshape(features[b].shape)
+    ids, slots, pads = generate.pad_left(rows, 160, tok.special(text.PAD))
+    x = hypervl.embed(model.params, jnp.asarray(ids), jnp.asarray(slots), jnp.asarray(features))
+    end, forbidden = tok.special(text.IM_END), tok.forbidden(cfg.llm.vocab)
+    said = generate.generate(
+        model.params, cfg, x, jnp.asarray(pads), jnp.asarray(forbidden), jax.random.key(0), generate.Sampler(), end, NEW
+    )
+    stops = {end, tok.special(text.PAD)}
+    return [tuple(row[: next((i for i, t in enumerate(row) if t in stops), NEW)]) for row in np.asarray(said).tolist()]
+
+
+encode = jax.jit(hypervl.encode_batch, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("branch", ["base", "large"])
+def test_ten_screens_are_answered_as_by_jax(branch, files, tiny_model, tiny_screens):
+    net, cfg = tiny_model.params["vrc"], tiny_model.config.vrc
+    ratios = [compress.predict(net, cfg, s.image, tiny_model.info["vrc_scale"]) for s in tiny_screens]
+    assert len({round(r, 3) for r in ratios}) > 3  # or VRC would be a constant
+    for vrc, shares in ((True, ratios), (False, [1.0] * len(ratios))):
+        found = [files.answer(s.image, s.questions[0].text, branch, vrc, NEW) for s in tiny_screens]
+        assert [a.ratio for a in found] == pytest.approx(shares, rel=1e-5)
+        want = jax_answers(tiny_model, tiny_screens, [a.ratio for a in found], branch)
+        assert [a.ids for a in found] == want
+        assert len(set(want)) > 3  # the answers depend on the screen
+        for a in found:
+            assert a.text == text.strip_answer(tiny_model.tokenizer, a.ids)
+            assert a.plan.ratio == a.ratio
+
+
+def test_without_jax(exported, files, tiny_screens, tmp_path):
+    """A Python in which JAX and everything built on it cannot be imported gives the same answer."""
+    screen, path = tiny_screens[0], tmp_path / "screen.npy"
+    np.save(path, screen.image)
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+absent = ("jax", "jaxlib", "flax", "optax", "orbax", "litert_converter", "tensorflow", "torch")
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else super().find_spec(name, path, target)
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+try:
+    import jax
+except ModuleNotFoundError:
+    import numpy as np
+from hypervl_jax.export.runtime import Runtime
+a = Runtime({str(exported)!r}).answer(np.load({str(path)!r}), {screen.questions[0].text!r}, max_new={NEW})
+print(*a.ids, a.ratio)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    want = files.answer(screen.image, screen.questions[0].text, max_new=NEW)
+    assert out.stdout.split() == [*map(str, want.ids), str(want.ratio)]
+
+
+def test_pieces_come_one_by_one_and_make_the_text(files, tiny_screens):
+    start = time.perf_counter()
+    stream, pieces = files.stream(tiny_screens[1].image, "what is this?", max_new=NEW), []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            answer = end.value
+            break
+    assert "".join(pieces).strip() == answer.text
+    assert len(pieces) > 1
+    assert len(answer.ids) == NEW or answer.ended
+    assert set(answer.seconds) == {"load", "preprocess", "vrc", "encode", "prefill", "decode"}
+    assert 0 < sum(answer.seconds.values()) < time.perf_counter() - start
+    assert answer.seconds["vrc"] > 0
+    assert files.answer(tiny_screens[1].image, "what is this?", vrc=False).seconds["vrc"] == 0
+
+
+@pytest.mark.parametrize("stop", [text.IM_END, text.PAD])
+def test_an_answer_ends_where_the_model_ends_it(stop, files, tiny_screens, monkeypatch):
+    tok = files.tokenizer
+    script, step = iter([*tok.encode("ab"), tok.special(stop)]), files.step
+
+    def led(x, at, caches):
+        logits, caches = step(x, at, caches)
+        logits[tok.special(text.IM_START)] = 1e4  # forbidden
+        logits[next(script)] = 1e3
+        return logits, caches
+
+    monkeypatch.setattr(files, "step", led)
+    answer = files.answer(tiny_screens[0].image, "what is this?", max_new=NEW)
+    assert answer.ended
+    assert answer.text == "ab"
+
+
+def test_an_answer_is_cut_by_the_cache(exported, tiny_screens, monkeypatch):
+    files = Runtime(exported)
+    n = len(files.prompt(plan.make(tiny_screens[0].image.shape[:2], 1.0, files.config.policy), "what?").ids)
+    step = files.step
+
+    def endless(x, at, caches):
+        logits, caches = step(x, at, caches)
+        logits[[files.tokenizer.special(text.IM_END), files.tokenizer.special(text.PAD)]] = -1e9
+        return logits, caches
+
+    monkeypatch.setattr(files, "step", endless)
+    answer = files.answer(tiny_screens[0].image, "what?", vrc=False, max_new=10_000)
+    assert not answer.ended
+    assert len(answer.ids) == files.cache_length - n + 1  # the last token is never read back
+
+
+def test_prefill_in_any_chunks_is_the_same(exported):
+    """150 positions: one run of 128 and single steps, or 96 and single steps; then two short runs."""
+    files = Runtime(exported)
+    x = np.random.default_rng(0).normal(size=(1, 150, files.config.llm.width)).astype(np.float32)
+    want = files.prefill(x)
+    files.buckets = [96]
+    for n in (150, 97, 96):
+        found = files.prefill(x[:, :n])
+        assert found.keys() == want.keys()
+        for name, cache in found.items():
+            np.testing.assert_allclose(cache[:, :, :n], want[name][:, :, :n], atol=2e-5)
+
+
+@pytest.mark.parametrize(("n", "room"), [(0, 20), (1, 20), (4, 20), (5, 20), (9, 20), (19, 20), (20, 20), (17, 17)])
+def test_chunks_cover_every_position_once(n, room):
+    end = 0
+    for start, length in runtime.chunks(n, [8, 4], room):
+        assert start == end
+        assert length in (8, 4, 1)
+        end = start + length
+        assert end <= room
+    assert n <= end < n + 8
+    assert list(runtime.chunks(5, [4, 8], 20)) == [(0, 8)]
+    assert list(runtime.chunks(10, [4, 8], 20)) == [(0, 8), (8, 4)]
+    assert list(runtime.chunks(10, [4, 8], 11)) == [(0, 8), (8, 1), (9, 1)]
+
+
+def test_what_does_not_fit_is_refused(exported, files, tiny_screens):
+    pixels = tiny_screens[0].image
+    with pytest.raises(AnswerError, match=r"the prompt needs \d+ tokens.*exported for 160: ask a shorter question"):
+        files.answer(pixels, "word " * 200)
+    assert files.branches == ["base", "large"]
+
+
+def test_a_folder_with_one_branch_says_so(exported, tiny_screens, tmp_path):
+    import shutil
+
+    folder = tmp_path / "base"
+    shutil.copytree(exported, folder)
+    (folder / "encoder_large.tflite").unlink()
+    m = manifest.read(folder)
+    names = {p.name: p.file.file for p in m.parts if p.name != "encoder_large"}
+    manifest.write(folder, manifest.describe(folder, m.model, names, "tokenizer.json", m.parity))
+    files = Runtime(folder)
+    assert files.branches == ["base"]
+    with pytest.raises(ManifestError, match="no part 'encoder_large' was exported; there are vrc, encoder_base"):
+        files.answer(tiny_screens[0].image, "what is this?", "large")
+
+
+def test_damaged_folders_are_refused(exported, tmp_path):
+    import shutil
+
+    folder = tmp_path / "cut"
+    shutil.copytree(exported, folder)
+    part = folder / "decoder.tflite"
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(ManifestError, match=r"decoder\.tflite: 1000 bytes instead of \d+: truncated"):
+        Runtime(folder)
+    with pytest.raises(ManifestError, match="not an exported model"):
+        Runtime(tmp_path)
