@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -68,7 +69,8 @@ def save_model(
 ) -> Path:
     """Writes a model directory, whole or not at all. `half` stores f16 (half the bytes; loaded back as f32)."""
     path = Path(path)
-    flat = {k: np.asarray(v, np.float16 if half else np.float32) for k, v in flatten(params).items()}
+    with np.errstate(over="ignore"):  # what f16 cannot hold is found below
+        flat = {k: np.asarray(v).astype(np.float16 if half else np.float32) for k, v in flatten(params).items()}
     bad = sorted(k for k, v in flat.items() if not np.isfinite(v).all())
     if bad:
         raise CheckpointError(f"{path}: not saved, weights are not finite: {', '.join(bad[:5])}")
@@ -105,7 +107,7 @@ def load_model(name: Path | str) -> Model:
     try:
         values = json.loads((path / CONFIG).read_text())
         cfg = config.from_dict(ModelConfig, values["model"], f"{path / CONFIG}: model")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{path / CONFIG}: not a model config ({type(e).__name__}: {e})") from e
     try:
         flat = load_file(path / WEIGHTS)
@@ -114,6 +116,7 @@ def load_model(name: Path | str) -> Model:
     want = expected(cfg)
     wrong = [f"missing {k}" for k in want.keys() - flat.keys()] + [f"unknown {k}" for k in flat.keys() - want.keys()]
     wrong += [f"{k} is {flat[k].shape}, not {want[k]}" for k in want.keys() & flat.keys() if flat[k].shape != want[k]]
+    wrong += [f"{k} is {v.dtype}, not a float" for k, v in flat.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
     wrong += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
     if wrong:
         raise CheckpointError(f"{path / WEIGHTS}: {len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:8])}")

@@ -50,7 +50,7 @@ def update(
 ) -> tuple[dict[str, Tree], dict[str, Tree], Array]:
     """One AdamW step of the groups present in `grads`, clipped by their joint norm. Other groups pass through as they
     are. Returns (params, opt, gradient norm before clipping)."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, cfg.clip / (norm + 1e-6))
     params, opt = dict(params), dict(opt)
     for name in _known(grads, params):

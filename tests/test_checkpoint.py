@@ -1,0 +1,236 @@
+"""Model directories and training checkpoints: there and back, and every kind of damage named by its file."""
+
+import json
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from hypervl_jax import checkpoint
+from hypervl_jax.checkpoint import CheckpointError, Checkpoints
+from hypervl_jax.config import ConfigError
+from hypervl_jax.text import TextError
+
+WEIGHTS, CONFIG = checkpoint.WEIGHTS, checkpoint.CONFIG
+names = st.text("abc_1", min_size=1, max_size=4)
+trees = st.recursive(st.integers(), lambda t: st.dictionaries(names, t, min_size=1, max_size=3), max_leaves=12)
+
+
+@given(st.dictionaries(names, trees, min_size=1, max_size=4))
+def test_unflatten_is_the_inverse_of_flatten(tree):
+    flat = checkpoint.flatten(tree)
+    assert not any(isinstance(v, dict) for v in flat.values())
+    assert checkpoint.unflatten(flat) == tree
+
+
+@pytest.fixture(scope="module")
+def params(tiny_params, tiny_config):
+    expected = checkpoint.expected(tiny_config.model)
+    vrc = {k: np.full(s, 0.1, np.float32) for k, s in expected.items() if k.startswith("vrc.")}
+    return {**tiny_params, **checkpoint.unflatten(vrc)}
+
+
+@pytest.fixture
+def saved(tmp_path, params, tiny_config, tiny_tokenizer):
+    """A model directory of this test's own."""
+    return checkpoint.save_model(tmp_path / "m", tiny_config.model, params, tiny_tokenizer, {"steps": 3})
+
+
+def tamper(path, change):
+    """Applies `change` to the weights of a model directory as a plain dictionary."""
+    flat = load_file(path / WEIGHTS)
+    change(flat)
+    save_file(flat, path / WEIGHTS)
+
+
+# --- model directories -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_comes_back_bit_equal(saved, params, tiny_config, tiny_tokenizer):
+    model = checkpoint.load_model(saved)
+    assert model.config == tiny_config.model
+    assert model.info == {"steps": 3}
+    assert model.tokenizer.encode("what is this?") == tiny_tokenizer.encode("what is this?")
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["m"]  # nothing half-written beside it
+
+
+def test_half_precision_is_half_the_bytes(saved, params, tiny_config, tiny_tokenizer):
+    half = checkpoint.save_model(saved.with_name("half"), tiny_config.model, params, tiny_tokenizer, half=True)
+    assert (half / WEIGHTS).stat().st_size < 0.6 * (saved / WEIGHTS).stat().st_size
+    got = checkpoint.load_model(half).params
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.float16(b)), got, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(np.float32)}
+
+
+def test_other_float_types_are_read_as_f32(saved, params):
+    tamper(saved, lambda f: f.update({"base.vit.pos": f["base.vit.pos"].astype(jnp.bfloat16)}))
+    got = checkpoint.load_model(saved).params["base"]["vit"]["pos"]
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, params["base"]["vit"]["pos"], rtol=1e-2)
+
+
+def test_saving_again_replaces_the_model_whole(saved, params, tiny_config, tiny_tokenizer):
+    (saved / "stale").write_text("")
+    other = jax.tree.map(lambda a: a + 1, params)
+    checkpoint.save_model(saved, tiny_config.model, other, tiny_tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_model(saved).params, other)
+    assert not (saved / "stale").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_old_ones_stay(saved, params, tiny_config, tiny_tokenizer):
+    bad = {**params, "llm": {**params["llm"], "embed": params["llm"]["embed"] * np.nan}}
+    with pytest.raises(CheckpointError, match=r"not finite: llm\.embed"):
+        checkpoint.save_model(saved, tiny_config.model, bad, tiny_tokenizer)
+    huge = {**params, "llm": {**params["llm"], "embed": params["llm"]["embed"] * np.float32(1e6)}}
+    with pytest.raises(CheckpointError, match="not finite"):  # as f16 they would not be
+        checkpoint.save_model(saved, tiny_config.model, huge, tiny_tokenizer, half=True)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_model(saved).params, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("llm.embed"), "missing llm.embed"),
+        (lambda f: f.update(extra=f["llm.embed"]), "unknown extra"),
+        (lambda f: f.update({"llm.embed": f["llm.embed"][:-1]}), "llm.embed is (511, 48), not (512, 48)"),
+        (lambda f: f.update({"base.vit.pos": f["base.vit.pos"] * np.nan}), "base.vit.pos is not finite"),
+        (lambda f: f.update({"base.vit.pos": f["base.vit.pos"].astype(np.int8)}), "base.vit.pos is int8"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_named_with_their_file(saved, change, message):
+    tamper(saved, change)
+    with pytest.raises(CheckpointError) as e:
+        checkpoint.load_model(saved)
+    assert str(saved / WEIGHTS) in str(e.value)
+    assert message in str(e.value)
+
+
+def test_all_that_is_wrong_is_reported_together(saved):
+    tamper(saved, lambda f: (f.pop("llm.embed"), f.pop("llm.norm.weight"), f.update(x=f["base.vit.pos"])))
+    with pytest.raises(CheckpointError, match=r"3 weights.*missing llm\.embed; missing llm\.norm\.weight; unknown x"):
+        checkpoint.load_model(saved)
+
+
+def _bfloat16(data: bytes) -> bytes:
+    return data.replace(b'"F32"', b'"BF16"')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[:5],
+        lambda data: b"",
+        lambda data: b"\xff" * 64,
+        lambda data: b"PK\x03\x04" + data[4:],
+        lambda data: data + b"0",
+        _bfloat16,
+    ],
+    ids=["half", "one-byte-short", "no-header", "empty", "noise", "zip", "one-byte-more", "other-dtype"],
+)
+def test_damaged_weights_are_an_error_that_names_the_file(saved, damage):
+    path = saved / WEIGHTS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError) as e:
+        checkpoint.load_model(saved)
+    assert str(path) in str(e.value)
+
+
+def test_missing_weights_are_an_error_that_names_the_file(saved):
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        checkpoint.load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"", b"{", b"[]", b"3", b'{"format": 1}', b'{"model": 3}', b'{"model": {"base": {}}}', b"\xff\xfe", b"[" * 10**5],
+    ids=lambda b: b[:24].decode("latin1"),
+)
+def test_a_damaged_config_is_an_error_that_names_the_file(saved, written):
+    (saved / CONFIG).write_bytes(written)
+    with pytest.raises((CheckpointError, ConfigError)) as e:
+        checkpoint.load_model(saved)
+    assert str(saved / CONFIG) in str(e.value)
+
+
+def test_sizes_in_the_config_that_cannot_be_are_an_error_that_names_the_setting(saved):
+    values = json.loads((saved / CONFIG).read_text())
+    values["model"]["llm"]["kv_heads"] = 3
+    (saved / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"config\.json: model\.llm: heads 4 must be a multiple of kv_heads 3"):
+        checkpoint.load_model(saved)
+
+
+def test_a_damaged_tokenizer_is_an_error_that_names_the_file(saved):
+    (saved / checkpoint.TOKENIZER).write_text("{}")
+    with pytest.raises(TextError, match=checkpoint.TOKENIZER):
+        checkpoint.load_model(saved)
+
+
+def test_a_model_is_found_by_its_folder_or_that_of_its_run(saved):
+    assert checkpoint.find_model(saved) == saved
+    (saved.parent / "run").mkdir()
+    saved.rename(saved.parent / "run" / "model")
+    assert checkpoint.find_model(saved.parent / "run") == saved.parent / "run" / "model"
+
+
+@pytest.mark.parametrize(("make", "message"), [(True, "has no config.json"), (False, "does not exist")])
+def test_what_is_no_model_is_an_error_with_the_cure(tmp_path, make, message):
+    path = tmp_path / "nothing"
+    if make:
+        path.mkdir()
+    with pytest.raises(CheckpointError, match=f"nothing: {message}; give a model directory or the name"):
+        checkpoint.load_model(path)
+
+
+# --- training checkpoints --------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    step: jax.Array
+    params: dict
+
+
+def pair(step, width=3):
+    return Pair(jnp.int32(step), {"a": {"w": jnp.arange(width, dtype=jnp.float32) + step}})
+
+
+def test_the_latest_state_comes_back_and_old_ones_go(tmp_path):
+    ckpts = Checkpoints(tmp_path, keep=2)
+    assert ckpts.latest() is None
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        ckpts.restore(pair(0))
+    for step in (2, 4, 6):
+        ckpts.save(step, pair(step))
+    ckpts.close()
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest() == 6
+    got = again.restore(pair(0))
+    assert type(got) is Pair
+    jax.tree.map(np.testing.assert_array_equal, got, pair(6))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["4", "6"]
+    again.close()
+
+
+def test_a_state_of_another_shape_or_a_damaged_one_is_an_error_that_names_its_folder(tmp_path):
+    ckpts = Checkpoints(tmp_path)
+    ckpts.save(2, pair(2))
+    with pytest.raises(CheckpointError, match=r"2: cannot be resumed.*delete that folder"):
+        ckpts.restore(Pair(jnp.int32(0), {"b": {"w": jnp.zeros(3)}}))
+    with pytest.raises(CheckpointError, match=r"2: cannot be resumed"):
+        ckpts.restore(pair(0, width=4))
+    ckpts.close()
+    for file in (tmp_path / "2").rglob("_METADATA"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    again = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        again.restore(pair(0))
+    again.close()

@@ -1,0 +1,109 @@
+"""Losses against float64 numpy; what has gradient and what has none; which positions count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypervl_jax import losses
+
+B, L, V = 2, 6, 11
+RNG = np.random.default_rng(0)
+TEACHER, STUDENT = (jnp.asarray(3 * RNG.normal(size=(B, L, V)), jnp.float32) for _ in range(2))
+TARGETS = jnp.asarray(RNG.integers(0, V, (B, L)))
+MASK = jnp.asarray(RNG.random((B, L)) < 0.5).at[0, 0].set(False).at[1, 3].set(True)
+
+
+def log_softmax(x):
+    x = np.float64(x)
+    return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+
+
+def kl(teacher, student, mask, tau):
+    t, s = log_softmax(teacher / tau), log_softmax(student / tau)
+    return tau**2 * (np.exp(t) * (t - s)).sum(-1)[np.asarray(mask)].mean()
+
+
+# --- next token ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_cross_entropy_is_the_oracles(scale):
+    want = -np.take_along_axis(log_softmax(np.float64(STUDENT) * scale), np.asarray(TARGETS)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses.cross_entropy(STUDENT * scale, TARGETS), want, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_logits_are_summed_in_full():
+    half = STUDENT.astype(jnp.bfloat16)
+    got = losses.cross_entropy(half, TARGETS)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, losses.cross_entropy(half.astype(jnp.float32), TARGETS), rtol=1e-6)
+
+
+def test_means_count_only_what_the_mask_shows():
+    values = jnp.arange(6.0).reshape(2, 3)
+    mask = jnp.array([[True, False, True], [False, False, True]])
+    assert losses.mean_where(values, mask) == pytest.approx((0 + 2 + 5) / 3)
+    poisoned = jnp.where(mask, values, jnp.nan)
+    assert losses.mean_where(poisoned, mask) == pytest.approx(7 / 3)
+    assert losses.mean_where(values, jnp.zeros_like(mask)) == 0
+    assert not jax.grad(lambda v: losses.mean_where(v, jnp.zeros_like(mask)))(values).any()
+
+
+def test_each_position_predicts_the_next_token_of_its_answer():
+    ids = jnp.array([[4, 5, 6, 7, 8]])
+    targets, counts = losses.shift(ids, jnp.array([[True, False, True, True, False]]))
+    assert targets[0, :-1].tolist() == [5, 6, 7, 8]
+    assert counts[0].tolist() == [False, True, True, False, False]  # the first token is predicted by nobody
+
+
+def test_supervised_positions_of_a_real_batch_spell_the_answers(tiny_batches, tiny_tokenizer, tiny_source):
+    answers = {q.answer for s in tiny_source.records for q in s.questions}
+    for batch in tiny_batches:
+        targets, counts = losses.shift(jnp.asarray(batch.ids), jnp.asarray(batch.loss))
+        assert int(counts.sum()) == batch.loss.sum() > 0
+        for row, counted in zip(np.asarray(targets), np.asarray(counts), strict=True):
+            said = tiny_tokenizer.decode(row[counted]).split("<|im_end|>")
+            assert said.pop() == ""
+            assert set(said) <= answers
+
+
+# --- consistency -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 8.0])
+def test_divergence_is_the_oracles(tau):
+    got = losses.dcl_kl(TEACHER, STUDENT, MASK, tau)
+    assert got == pytest.approx(kl(np.float64(TEACHER), np.float64(STUDENT), MASK, tau), rel=1e-5)
+    assert losses.dcl_kl(TEACHER, TEACHER, MASK, tau) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_gets_no_gradient_and_the_student_the_oracles():
+    tau = 2.0
+    teacher, student = jax.grad(losses.dcl_kl, argnums=(0, 1))(TEACHER, STUDENT, MASK, tau)
+    assert not np.asarray(teacher).any()
+    gap = np.exp(log_softmax(np.float64(STUDENT) / tau)) - np.exp(log_softmax(np.float64(TEACHER) / tau))
+    want = tau * np.where(MASK[..., None], gap, 0) / MASK.sum()
+    np.testing.assert_allclose(student, want, rtol=1e-5, atol=1e-6)
+
+
+def test_only_answer_positions_count_in_the_divergence():
+    other = jnp.where(MASK[..., None], STUDENT, -5 * STUDENT + 1)
+    assert losses.dcl_kl(TEACHER, other, MASK, 2.0) == losses.dcl_kl(TEACHER, STUDENT, MASK, 2.0)
+    assert losses.dcl_kl(other, STUDENT, ~MASK, 2.0) != losses.dcl_kl(STUDENT, STUDENT, ~MASK, 2.0)
+
+
+# --- image-name term -------------------------------------------------------------------------------------------------
+
+
+def test_name_term_is_the_oracles_and_skips_what_is_not_there():
+    features, weights, table = (
+        jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in [(B, 5, 7), (B, 3, 5), (4, 7)]
+    )
+    names = jnp.array([[2, -1, 0], [-1, 3, -1]])
+    logits = np.float64(weights) @ np.float64(features) @ np.float64(table).T
+    picked = [-log_softmax(logits)[b, k, names[b, k]] for b in range(B) for k in range(3) if names[b, k] >= 0]
+    got = losses.name_loss(features, weights, names, table)
+    assert got == pytest.approx(np.mean(picked), rel=1e-5)
+    assert losses.name_loss(features, weights.at[0, 1].add(9.0), names, table) == got
+    assert losses.name_loss(features, weights, jnp.full_like(names, -1), table) == 0

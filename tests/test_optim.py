@@ -1,0 +1,90 @@
+"""AdamW by group: equal to optax's own, idle groups untouched, which weights decay, the learning rate's course."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hypervl_jax import checkpoint, optim
+from hypervl_jax.config import TrainConfig
+
+CFG = TrainConfig(lr=0.05, weight_decay=0.1, clip=0.7)
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    layer = {"weight": rng.normal(size=(3, 4)), "bias": rng.normal(size=3)}
+    norm = {"weight": rng.normal(size=3), "bias": rng.normal(size=3)}
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), {"fc": layer, "norm1": norm})
+
+
+def test_a_group_alone_is_optax_adamw_after_clipping():
+    params = {"a": tree(0)}
+    ours, opt = params, optim.init(CFG, params)
+    rule = optax.chain(
+        optax.clip_by_global_norm(CFG.clip),
+        optax.adamw(0.05, b1=CFG.b1, b2=CFG.b2, weight_decay=0.1, mask={"a": optim.decays(params["a"])}),
+    )
+    theirs, state = params, rule.init(params)
+    for seed in (1, 2, 3):
+        grads = {"a": tree(seed)}
+        ours, opt, norm = optim.update(CFG, jnp.float32(0.05), grads, opt, ours)
+        assert norm == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
+        assert norm > CFG.clip
+        step, state = rule.update(grads, state, theirs)
+        theirs = optax.apply_updates(theirs, step)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+
+
+def test_idle_groups_and_their_moments_come_back_as_they_are():
+    params = {"a": tree(0), "b": tree(1), "c": tree(2)}
+    opt = optim.init(CFG, params)
+    after, opt2, _ = optim.update(CFG, jnp.float32(0.05), {"a": tree(3), "c": tree(4)}, opt, params)
+    assert after["b"] is params["b"]
+    assert opt2["b"] is opt["b"]
+    assert (after["a"]["fc"]["weight"] != params["a"]["fc"]["weight"]).all()
+    counts = {g: int(optax.tree.get(opt2[g], "count")) for g in params}
+    assert counts == {"a": 1, "b": 0, "c": 1}
+
+
+def test_groups_are_clipped_by_their_joint_norm():
+    params = {"a": tree(0), "b": tree(1)}
+    grads = {"a": tree(2), "b": jax.tree.map(lambda g: 100 * g, tree(3))}
+    _, opt, norm = optim.update(CFG, jnp.float32(0.05), grads, optim.init(CFG, params), params)
+    moment = optax.tree.get(opt["a"], "mu")["fc"]["weight"]
+    np.testing.assert_allclose(moment, (1 - CFG.b1) * grads["a"]["fc"]["weight"] * CFG.clip / norm, rtol=1e-4)
+
+
+def test_gradients_of_no_group_are_an_error():
+    params = {"a": tree(0)}
+    with pytest.raises(KeyError, match="b, d"):
+        optim.update(CFG, jnp.float32(1), {"d": tree(0), "b": tree(0)}, optim.init(CFG, params), params)
+
+
+def test_decay_pulls_on_matrices_and_tables_only(tiny_config):
+    shapes = checkpoint.unflatten({k: np.zeros(s) for k, s in checkpoint.expected(tiny_config.model).items()})
+    pulled = {k for k, yes in checkpoint.flatten(optim.decays(shapes["base"] | {"llm": shapes["llm"]})).items() if yes}
+    assert pulled == {
+        "vit.patch.weight", "projector.fc1.weight", "projector.fc2.weight", "llm.embed",
+        *(f"vit.blocks.layers.{n}.weight" for n in ("q", "k", "v", "o", "fc1", "fc2")),
+        *(f"llm.blocks.layers.{n}.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")),
+    }  # fmt: skip
+    assert optim.decays({"names": shapes["llm"]["embed"]})["names"]
+
+
+def test_the_rate_warms_up_peaks_and_ends_at_its_share():
+    cfg = TrainConfig(lr=1.0, warmup=10, final_lr=0.1)
+    rates = np.array([float(optim.rate(cfg, s, 100)) for s in range(100)])
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    assert rates.argmax() == 9
+    assert (np.diff(rates[9:]) < 0).all()
+    assert rates[-1] == pytest.approx(0.1)
+    middle = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * 45 / 90))
+    assert rates[54] == pytest.approx(middle, rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_runs_shorter_than_their_warm_up_have_a_rate(steps):
+    rates = [float(optim.rate(TrainConfig(lr=1.0, warmup=100), s, steps)) for s in range(steps)]
+    assert all(0 < r <= 1 for r in rates)
