@@ -41,6 +41,7 @@ def test_only_builtin_operators(exported):
     for part in manifest.read(exported).parts:
         assert lower.check_ops(exported / part.file.file) == list(part.ops)
         assert not any(op.startswith(("CUSTOM", "FLEX", "STABLEHLO")) for op in part.ops)
+    assert "SLICE" not in manifest.read(exported).part("encoder_base").ops  # of stacked weights, at every call
     assert "DEPTHWISE_CONV_2D" in manifest.read(exported).part("vrc").ops
     assert "EMBEDDING_LOOKUP" in manifest.read(exported).part("embedder").ops
 
@@ -55,7 +56,8 @@ def test_every_seam_was_measured(exported):
 
 def test_decoder_holds_its_weights_once(exported, tiny_model):
     weights = sum(x.nbytes for x in jax.tree.leaves(tiny_model.params["llm"]))
-    assert weights < (exported / "decoder.tflite").stat().st_size < 2 * weights
+    graphs = 3 * 12_000  # what three signatures of two layers take without weights
+    assert weights < (exported / "decoder.tflite").stat().st_size < weights + 3 * graphs
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def compressor(cfg: ModelConfig, params: dict) -> Part:
     s = cfg.vrc.side
     args = (_array((1, s, s, 3), _f32),)
     return Part(
-        vrc.fold(params["vrc"]),
+        jax.jit(vrc.fold)(params["vrc"]),
         (Signature("vrc", lambda p, proxy: net.apply({"params": p}, proxy), args, ("proxy",), ("alpha",)),),
     )
 
@@ -77,10 +77,12 @@ def encoder(cfg: ModelConfig, params: dict, branch: Branch) -> Part:
     t, patches = cfg.policy.tile, cfg.policy.patches_per_side**2
 
     def vision(p, images, mask):
-        return hypervl.encode_batch(p, cfg, branch, images, mask > 0.5, scan=False)
+        return hypervl.encode_batch(_stacked(p), cfg, branch, images, mask > 0.5, scan=False)
 
     args = (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
-    return Part({branch: params[branch]}, (Signature("vision", vision, args, ("images", "mask"), ("features",)),))
+    return Part(
+        _unstacked({branch: params[branch]}), (Signature("vision", vision, args, ("images", "mask"), ("features",)),)
+    )
 
 
 def embedder(cfg: ModelConfig, params: dict) -> Part:
@@ -103,7 +105,7 @@ def decoder(cfg: ModelConfig, params: dict, prefill: Sequence[int], cache: int) 
     names = tuple(f"kv_cache_{side}_{i}" for i in range(c.depth) for side in "kv")
 
     def run(p, x, input_pos, mask, caches):
-        return net.apply({"params": p}, x, input_pos[None], mask[:, 0] >= 0, caches, input_pos[0])
+        return net.apply({"params": _stacked(p)}, x, input_pos[None], mask[:, 0] >= 0, caches, input_pos[0])
 
     def fill(*args):
         return run(*args)[1]  # the last layer's attention and the head fall away
@@ -117,7 +119,42 @@ def decoder(cfg: ModelConfig, params: dict, prefill: Sequence[int], cache: int) 
         return Signature(name, fn, args, ("embeddings", "input_pos", "mask", *names), (*outputs, *names))
 
     fills = (signature(f"{PREFILL}{n}", fill, n) for n in sorted(set(prefill)))
-    return Part(params["llm"], (*fills, signature("decode", decode, 1, "logits")))
+    return Part(_unstacked(params["llm"]), (*fills, signature("decode", decode, 1, "logits")))
+
+
+class _Layers:
+    """One leaf of a stack, layer by layer: the layer loop only indexes its leaves, so this stands in for an array."""
+
+    def __init__(self, *leaves: Any):
+        self.leaves = leaves
+
+    def __getitem__(self, i: int) -> Any:
+        return self.leaves[i]
+
+
+def _unstacked(tree: dict) -> dict:
+    """Every stack of layers cut into layers on the host. Cut in the graph, a stack would be folded slowly and once a
+    signature, each with weights of its own, or not at all and be cut again at every call."""
+    out = {}
+    for key, value in tree.items():
+        if key == "layers":
+            depth = len(jax.tree.leaves(value)[0])
+            out[key] = [jax.tree.map(lambda a: np.asarray(a[i]), value) for i in range(depth)]  # noqa: B023 - used now
+        else:
+            out[key] = _unstacked(value) if isinstance(value, dict) else value
+    return out
+
+
+def _stacked(tree: dict) -> dict:
+    """The tree that the model expects, out of what `_unstacked` made of it."""
+    return {
+        key: jax.tree.map(_Layers, *value)
+        if isinstance(value, list)
+        else _stacked(value)
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
