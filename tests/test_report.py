@@ -147,6 +147,8 @@ def test_the_verdict_admits_what_falls_short():
     assert "every figure at least 15 points above both controls" in report.verdict(summary)
     summary["controls"]["shuffled"]["read"] = 0.36
     assert "but 2 of 4 figures are less than 15 points above a control" in report.verdict(summary)
+    del summary["controls"]["majority"]  # one control alone proves nothing
+    assert "control" not in report.verdict(summary)
 
 
 def test_the_terminal_table_is_aligned_and_holds_every_figure():
@@ -271,6 +273,12 @@ def test_bars_are_in_proportion_and_never_leave_their_track():
     a, b, c = (float(w) for w in re.findall(r'width="([\d.]+)"[^>]*class="bar', svg))
     assert b == pytest.approx(2 * a, abs=0.1)
     assert c == pytest.approx(4 * a, abs=0.2)
+
+
+def test_each_control_keeps_its_stroke_when_the_other_is_missing():
+    svg = charts.intervals([("read", [charts.Dot(0.5, 0.4, 0.6)], [None, 0.25])])
+    assert "control1" in svg
+    assert "control0" not in svg
 
 
 def test_empty_charts_are_nothing():

@@ -100,8 +100,9 @@ def intervals(groups: Sequence[tuple[str, Sequence[Dot], Sequence[Number | None]
         block = max(len(dots), 1) * row
         parts.append(f'<rect x="{left}" y="{y}" width="{right - left}" height="{block}" rx="3" class="track"/>')
         parts.append(_text(left - 10, y + block / 2 + 4, label, "end"))
-        for i, control in enumerate(c for c in controls if _is_number(c)):
-            parts.append(_line(x(control), y, x(control), y + block, f"control control{i}"))
+        for i, control in enumerate(controls):
+            if _is_number(control):
+                parts.append(_line(x(control), y, x(control), y + block, f"control control{i}"))
         for i, dot in enumerate(dots):
             middle = y + (i + 0.5) * row
             parts.append(_line(x(dot.low), middle, x(dot.high), middle, f"whisker {dot.colour}"))

@@ -26,7 +26,7 @@ WAYS = {  # key of the summary -> what a column is called
     "accuracy_litert": "LiteRT",
     "accuracy_litert_vrc": "LiteRT +\N{NO-BREAK SPACE}VRC",
 }
-CONTROLS = {"majority": "giving always the most common answer", "shuffled": "shown another screen's picture"}
+CONTROLS = {"majority": "always the most common answer", "shuffled": "the same model shown another screen's picture"}
 MARGIN = 0.15  # a figure counts as learnt when it is this far above both controls
 Summary = Mapping[str, Any]
 
@@ -70,7 +70,7 @@ def short_of_controls(summary: Summary) -> tuple[list[tuple[str, str]], int]:
         for task in tasks_of(summary):
             cell = cell_of(summary, "accuracy", branch, task)
             controls = [c for k in CONTROLS if known(c := get(summary, "controls", k, task))]
-            if cell and controls:
+            if cell and len(controls) == len(CONTROLS):
                 judged += 1
                 if cell.mean - max(controls) < MARGIN:
                     short.append((branch, task))
