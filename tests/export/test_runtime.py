@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hypervl_jax import compress, generate, image, plan, text
-from hypervl_jax.export import manifest, runtime
+from hypervl_jax.export import manifest, runtime, verify
 from hypervl_jax.export.manifest import ManifestError
 from hypervl_jax.export.runtime import AnswerError, Runtime
 from hypervl_jax.model import hypervl
@@ -57,7 +57,7 @@ def test_ten_screens_are_answered_as_by_jax(branch, files, tiny_model, tiny_scre
     assert len({round(r, 3) for r in ratios}) > 3  # or VRC would be a constant
     for vrc, shares in ((True, ratios), (False, [1.0] * len(ratios))):
         found = [files.answer(s.image, s.questions[0].text, branch, vrc, NEW) for s in tiny_screens]
-        assert [a.ratio for a in found] == pytest.approx(shares, rel=1e-5)
+        assert [a.ratio for a in found] == pytest.approx(shares, rel=verify.LIMIT)
         want = jax_answers(tiny_model, tiny_screens, [a.ratio for a in found], branch)
         assert [a.ids for a in found] == want
         assert len(set(want)) > 3  # the answers depend on the screen
