@@ -10,7 +10,8 @@ from hypervl_jax.generate import Sampler
 from hypervl_jax.model import hypervl, llm
 
 NEW = 8
-NEVER = 511  # an end that random weights are not led to
+NEVER = 511  # an end that cannot come: it is forbidden
+GREEDY = Sampler()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def batch(prompts, features, length, tiny_params):
 
 @pytest.fixture(scope="module")
 def run(tiny_params, tiny_config):
-    def run(x, pads, forbidden=(), end=NEVER, sampler=generate.Sampler(), seed=0, drive=generate.generate):
+    def run(x, pads, forbidden=(), end=NEVER, sampler=GREEDY, seed=0, drive=generate.generate):
         banned = jnp.zeros(512, bool).at[jnp.array([*forbidden, NEVER])].set(True)
         return drive(tiny_params, tiny_config.model, x, pads, banned, jax.random.key(seed), sampler, end, NEW)
 
