@@ -37,7 +37,7 @@ quickstart: $(STAMP) ## train, evaluate and export a small model from scratch; w
 	$(BIN)/hypervl quickstart
 
 nano: $(STAMP) ## the recipe of the shipped weights, from scratch (hours on two cores)
-	$(BIN)/hypervl train --config configs/nano.py --out runs/nano
+	$(BIN)/hypervl quickstart --config configs/nano.py --out runs/nano
 
 test: parity lint typecheck ## lint, types and all tests
 	$(BIN)/python -m pytest -n 2 -q

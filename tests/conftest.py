@@ -58,16 +58,15 @@ def tiny_params(tiny_config):
     return checkpoint.unflatten({k: draw(k, s).astype(np.float32) for k, s in sorted(shapes.items())})
 
 
-class Screens:
-    """A `pipeline.Source` in memory: the first screens of a split, composed as the builder composes them."""
+class Records:
+    """A `pipeline.Source` in memory: the first screens or sheets of the training split, as the builder composes them."""
 
-    def __init__(self, cfg, split, count):
+    def __init__(self, composer, cfg, count):
         import numpy as np
 
-        from hypervl_jax.data import screens
         from hypervl_jax.data.assets import Assets
 
-        self.records = [screens.record(Assets.load(), cfg, split, i) for i in range(count)]
+        self.records = [composer.record(Assets.load(), cfg, "train", i) for i in range(count)]
         self.sizes = np.array([s.image.shape[:2] for s in self.records])
 
     def __getitem__(self, index):
@@ -79,7 +78,22 @@ class Screens:
 
 @pytest.fixture(scope="session")
 def tiny_source(tiny_config):
-    return Screens(tiny_config.data.screens, "train", 24)
+    from hypervl_jax.data import screens
+
+    return Records(screens, tiny_config.data.screens, 24)
+
+
+@pytest.fixture(scope="session")
+def tiny_sheets(tiny_config):
+    """What stage 0 of training sees."""
+    from hypervl_jax.data import sheets
+
+    return Records(sheets, tiny_config.data.screens, 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_sheets(tiny_config):
+    return Screens(tiny_config.data.screens, "sheets", 8)
 
 
 @pytest.fixture(scope="session")

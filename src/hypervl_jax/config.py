@@ -167,7 +167,13 @@ class ScreensConfig:
     max_side: int = 192
     max_area: int = 192 * 144
     max_things: int = 6
+    picture: tuple[int, ...] = (18, 56)  # pixels, longer side, from .. to
+    print_height: tuple[int, ...] = (7, 40)  # pixels, height of a printed digit, log-uniform: small print is common
+    hand_height: tuple[int, ...] = (14, 44)  # pixels, height of a handwritten digit
+    digits: int = 4  # at most, of a number
     questions: int = 4  # questions a screen
+    sheets: int = 8_000  # tiles full of named things, what stage 0 learns from (`data/sheets.py`)
+    sheet_side: int = 96  # pixels: that of a tile
     train: int = 24_000  # screens a split; `label` is what VRC learns from, both test splits are held out
     label: int = 3_000
     test_known: int = 2_000  # known artists, new compositions; other digits, other fonts
@@ -262,7 +268,7 @@ def tiny() -> Config:
     )  # fmt: skip
     screens = ScreensConfig(
         name="tiny", concepts=4, min_side=24, max_side=64, max_area=64 * 64, max_things=2, questions=2,
-        train=64, label=32, test_known=16, test_unseen=16,
+        sheets=16, sheet_side=32, train=64, label=32, test_known=16, test_unseen=16,
     )  # fmt: skip
     return Config(
         "tiny",
@@ -287,25 +293,26 @@ def nano() -> Config:
 
 
 def quickstart() -> Config:
-    """A smaller nano that trains from nothing in minutes on two cores: 16 things, small screens, three tasks."""
+    """A smaller nano that trains from nothing in minutes on two cores: 12 things, small screens, three tasks."""
     model = _model(
         64, 8, (64, 3, 2), (96, 4, 3),
         llm=LlmConfig(vocab=512, width=96, depth=3, heads=3, kv_heads=1, head_dim=32, mlp=288),
-        vrc=VrcConfig(multiplier=0.35, side=128, hidden=64),
+        vrc=VrcConfig(multiplier=0.25, side=96, hidden=64),
         policy=PlanPolicy(tile=64, patch=8, max_tiles=4, min_side=16),
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
     screens = ScreensConfig(
-        name="quickstart", concepts=16, tasks=("name", "find", "read"), min_side=36, max_side=112, max_area=64 * 64,
-        max_things=3, questions=3, train=6_000, label=800, test_known=400, test_unseen=400,
+        name="quickstart", concepts=12, tasks=("name", "find", "read"), min_side=36, max_side=112, max_area=64 * 64,
+        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=3,
+        sheets=6_000, sheet_side=64, train=6_000, label=600, test_known=400, test_unseen=400,
     )  # fmt: skip
     return Config(
         "quickstart",
         model,
-        DataConfig(screens, batch=48, tile_buckets=(1, 3), lengths=(80, 112)),
-        TrainConfig(steps=700, stage0_steps=150, lr=2e-3, warmup=30, save_every=200),
+        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(80, 112)),
+        TrainConfig(steps=2_400, stage0_steps=1_000, lr=2e-3, warmup=50, save_every=400),
         DclConfig(),
-        VrcTrainConfig(steps=300),
+        VrcTrainConfig(steps=200, batch=32),
     )
 
 

@@ -41,7 +41,7 @@ def name_loss(
     names: Int[Array, "B K"],
     table: Float[Array, "C D"],
 ) -> Float[Array, ""]:
-    """Image-name term: the features of each thing's cells, pooled with `weights`, must pick its name out of a table of
-    one learned vector a name. `names` is -1 where there is no thing. Keeps a small model off the language prior."""
+    """Image-name term: the features of each thing's patches, pooled with `weights`, must pick its name out of a table
+    of one learned vector a name. `names` is -1 where there is no thing. Keeps a small model off the language prior."""
     pooled = jnp.einsum("bkf,bfd->bkd", weights, features)
     return mean_where(cross_entropy(jnp.einsum("bkd,cd->bkc", pooled, table), jnp.maximum(names, 0)), names >= 0)

@@ -76,13 +76,13 @@ def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Mod
     _same_config(out / "config.json", cfg)
     stage, screens = stage or Stages(out), cfg.data.screens
     stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
-    source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "label")}
+    source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "sheets", "label")}
     names, model_dir, words = classes(cfg), out / "model", out / checkpoint.TOKENIZER
     if not words.exists():
         some = (source["train"][i] for i in range(min(2_000, len(source["train"]))))
         text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(words)
     tokenizer = text.Tokenizer.load(words)
-    stage("train", lambda: _train(cfg, source["train"], tokenizer, names, out))
+    stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out))
     params = train.restore(cfg, out / "train", len(names)).params
     fresh = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc)
     model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": fresh}, tokenizer, {})
@@ -162,8 +162,11 @@ def _same_config(path: Path, cfg: Config) -> None:
         raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
 
 
-def _train(cfg: Config, source: pipeline.Source, tokenizer: text.Tokenizer, names: tuple[str, ...], out: Path) -> dict:
-    state = train.run(cfg, source, tokenizer, names, out / "train")
+def _train(
+    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: text.Tokenizer, names: tuple[str, ...],
+    out: Path,
+) -> dict:  # fmt: skip
+    state = train.run(cfg, source, sheets, tokenizer, names, out / "train")
     return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
 
 

@@ -6,10 +6,11 @@ alternate between the branches, the small one also follows the large one's answe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from hypervl_jax import checkpoint, config, losses, optim
 from hypervl_jax.config import BRANCHES, Branch, Config
 from hypervl_jax.data import pipeline
 from hypervl_jax.data.pipeline import Batch
+from hypervl_jax.data.sheets import most
 from hypervl_jax.model import hypervl, llm
 from hypervl_jax.text import Tokenizer
 
@@ -33,7 +35,7 @@ class TrainError(RuntimeError):
 
 class State(NamedTuple):
     step: Array  # i32[]
-    params: dict  # groups: base, large, llm, names
+    params: dict  # groups: base, large, llm, names_base, names_large
     opt: dict  # one optimiser state a group
 
 
@@ -49,7 +51,9 @@ def init_state(cfg: Config, classes: int) -> State:
     key, names = jax.random.split(jax.random.key(cfg.train.seed))
     fresh = jax.jit(lambda k: {g: p for g, p in hypervl.init(k, cfg.model).items() if g != "vrc"})
     params = fresh(key)
-    params["names"] = {"names": 0.05 * jax.random.normal(names, (classes, cfg.model.llm.width))}
+    for branch in BRANCHES:
+        shape = classes, cfg.model.vit(branch).width
+        params[f"names_{branch}"] = {"names": 0.05 * jax.random.normal(names, shape)}
     return State(jnp.int32(0), params, optim.init(cfg.train, params))
 
 
@@ -72,11 +76,18 @@ def rate_at(cfg: Config, step: Array) -> Array:
     return jnp.where(step < t.stage0_steps, early, late)
 
 
-def features(params: dict, cfg: Config, branch: Branch, batch: Batch) -> Array:
-    """f32[B F D] of every tile of the batch through one branch."""
+def patches(params: dict, cfg: Config, branch: Branch, batch: Batch) -> Array:
+    """f32[B N*P W]: what one branch makes of every patch of the batch."""
     b, n = batch.tiles.shape[:2]
     tiles, mask = batch.tiles.reshape(b * n, *batch.tiles.shape[2:]), batch.mask.reshape(b * n, -1)
-    out = hypervl.encode_batch(params, cfg.model, branch, tiles, mask, cfg.train.scan, cfg.train.remat)
+    out = hypervl.look(params, cfg.model, branch, tiles, mask, cfg.train.scan, cfg.train.remat)
+    return out.reshape(b, -1, out.shape[-1])
+
+
+def features(params: dict, cfg: Config, branch: Branch, seen: Array) -> Array:
+    """f32[B F D]: patches as decoder embeddings."""
+    b, per = seen.shape[0], cfg.model.vit(branch).patches
+    out = hypervl.project(params, cfg.model, branch, seen.reshape(-1, per, seen.shape[-1]))
     return out.reshape(b, -1, out.shape[-1])
 
 
@@ -90,22 +101,23 @@ def row_logits(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
 def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> tuple[Array, dict[str, Array]]:
     """The objective of one job and its parts. Gradients flow into `trained` only."""
     params = {**fixed, **trained}
-    feats = {b: features(params, cfg, b, batch) for b in job.branches}
+    seen = {b: patches(params, cfg, b, batch) for b in job.branches}
     total, parts = jnp.float32(0), {}
     if cfg.train.name_weight:
         for b in job.branches:
-            term = losses.name_loss(feats[b], batch.weights, batch.names, params["names"]["names"])
+            term = losses.name_loss(seen[b], batch.weights, batch.names, params[f"names_{b}"]["names"])
             total, parts[f"name_{b}"] = total + cfg.train.name_weight * term, term
     if job.stage0:
         return total, parts
     targets, mask = losses.shift(batch.ids, batch.loss)
-    logits = {b: row_logits(params, cfg, feats[b], batch) for b in job.branches}
+    logits = {b: row_logits(params, cfg, features(params, cfg, b, seen[b]), batch) for b in job.branches}
     for b in job.branches:
         term = losses.mean_where(losses.cross_entropy(logits[b], targets), mask)
         total, parts[f"loss_{b}"] = total + term, term
     if "base" in job.branches and cfg.dcl.weight:
         if "large" not in logits:
-            logits["large"] = row_logits(params, cfg, features(params, cfg, "large", batch), batch)
+            teacher = features(params, cfg, "large", patches(params, cfg, "large", batch))
+            logits["large"] = row_logits(params, cfg, teacher, batch)
         kl = losses.dcl_kl(logits["large"], logits["base"], mask, cfg.dcl.temperature)
         total, parts["kl"] = total + cfg.dcl.weight * kl, kl
     return total, parts
@@ -115,7 +127,7 @@ def groups(cfg: Config, job: Job) -> tuple[str, ...]:
     """Which top-level parameter groups a job moves."""
     out = set(job.branches)
     if cfg.train.name_weight:
-        out.add("names")
+        out |= {f"names_{b}" for b in job.branches}
     if not job.stage0 and not (cfg.dcl.llm_train == "teacher_only" and job.branches == ("base",)):
         out.add("llm")
     return tuple(sorted(out))
@@ -146,10 +158,11 @@ def compiled(cfg: Config) -> Callable[[State, Batch, Job], tuple[State, dict[str
 
 
 def run(
-    cfg: Config, source: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...], out: Path | str,
-    progress: bool = True,
+    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...],
+    out: Path | str, progress: bool = True,
 ) -> State:  # fmt: skip
-    """Trains to `cfg.train.steps`, resuming from the newest checkpoint under `out`. Writes `out/log.jsonl`.
+    """Trains to `cfg.train.steps`, stage 0 on `sheets` and the rest on `source`, resuming from the newest checkpoint
+    under `out`. Writes `out/log.jsonl`.
 
     Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings.
     """
@@ -157,14 +170,13 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     _same_run(out / "train.json", cfg, classes)
     ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)
-    state = init_state(cfg, len(classes))
+    # Put on its device as a restored state is: otherwise a resumed run would compile every step anew.
+    state = jax.device_put(init_state(cfg, len(classes)), jax.local_devices()[0])
     if ckpts.latest() is not None:
         state = ckpts.restore(state)
     start, steps = int(state.step), cfg.train.steps
     step_fn = compiled(cfg)
-    feed = pipeline.batches(
-        source, cfg.data, cfg.model.policy, cfg.model.text, tokenizer, classes, cfg.train.seed, steps, start
-    )
+    feed = _feed(cfg, source, sheets, tokenizer, classes, start)
     bar = tqdm(total=steps, initial=start, desc="train", disable=not progress, smoothing=0.05)
     shown: dict[str, float] = {}
     with (out / "log.jsonl").open("a") as log:
@@ -186,6 +198,19 @@ def run(
             bar.close()
             ckpts.close()
     return state
+
+
+def _feed(
+    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...],
+    start: int,
+) -> Iterator[Batch]:  # fmt: skip
+    """Batches from step `start` on: sheets as they are in stage 0, then screens."""
+    early, rest = cfg.train.stage0_steps, (cfg.model.policy, cfg.model.text, tokenizer, classes, cfg.train.seed)
+    if start < early:
+        whole = dataclasses.replace(cfg.data, shrink_prob=0.0)
+        side = cfg.data.screens.sheet_side
+        yield from pipeline.batches(sheets, whole, *rest, early, start, things=most(side))
+    yield from pipeline.batches(source, cfg.data, *rest, cfg.train.steps - early, max(start - early, 0))
 
 
 def restore(cfg: Config, out: Path | str, classes: int) -> State:

@@ -1,5 +1,6 @@
 """Which screens make up which step, and what a batch holds."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -107,7 +108,7 @@ def test_a_batch_holds_what_its_spec_says(tiny_batches, tiny_config, tiny_source
         n, length = d.tile_buckets[spec.bucket], d.lengths[spec.bucket]
         assert batch.tiles.shape == (d.batch, n, 32, 32, 3)
         assert batch.ids.shape == (d.batch, length)
-        assert batch.weights.shape == (d.batch, batch.names.shape[1], n * m.policy.tokens_per_tile)
+        assert batch.weights.shape == (d.batch, batch.names.shape[1], n * m.policy.patches_per_side**2)
         for b, (i, ratio) in enumerate(zip(spec.indices, spec.ratios, strict=True)):
             screen = tiny_source[i]
             p = plan.make(screen.image.shape[:2], ratio, m.policy)
@@ -138,7 +139,7 @@ def test_names_are_classes_and_weights_shares(tiny_batches, tiny_classes):
 
 @few
 @given(st.tuples(sides, sides), st.data())
-def test_a_share_is_the_part_of_the_box_in_each_cell(size, draw):
+def test_a_share_is_the_part_of_the_box_in_each_patch(size, draw):
     """Counted pixel by pixel: white where the thing is, tiled as the picture is."""
     h, w = size
     x0, y0 = draw.draw(st.integers(0, w - 11)), draw.draw(st.integers(0, h - 11))
@@ -147,20 +148,21 @@ def test_a_share_is_the_part_of_the_box_in_each_cell(size, draw):
     shares = list(pipeline._shares(Thing("cat", "picture", (x0, y0, x1, y1), ""), p, {"cat": 3}))
     white = np.zeros((h, w, 3))
     white[y0:y1, x0:x1] = 1
-    cells = tiling.tile(white, p)[..., 0].reshape(-1, p.policy.cells_per_side, 16, p.policy.cells_per_side, 16)
-    want = cells.sum((2, 4)).reshape(-1) / white[..., 0].sum()
+    side = p.policy.patches_per_side
+    patches = tiling.tile(white, p)[..., 0].reshape(-1, side, p.policy.patch, side, p.policy.patch)
+    want = patches.sum((2, 4)).reshape(-1) / white[..., 0].sum()
     name, share = shares[0]
     assert name == 3
     np.testing.assert_allclose(share, want, atol=1e-6)
     assert all(s.sum() == pytest.approx(1) for _, s in shares)
-    if len(shares) == 2:  # the thumbnail's, its centre where the box's is
-        per = POLICY.tokens_per_tile
-        assert not shares[1][1][:-per].any()
-        grid = shares[1][1][-per:].reshape(2, 2)
-        last, centre = p.tiles[-1], ((x0 + x1) / 2 / w, (y0 + y1) / 2 / h)
-        heavy = grid.sum(0).argmax() * 16, grid.sum(1).argmax() * 16
-        for start, c, side in zip(heavy, centre, (last.width, last.height), strict=True):
-            assert start - 1 <= c * side <= start + 17
+    if len(shares) == 2:  # the thumbnail's, in the patches that the box touches there
+        assert not shares[1][1][: -(side**2)].any()
+        grid, last = shares[1][1][-(side**2) :].reshape(side, side), p.tiles[-1]
+        ends = np.array([[x0, x1], [y0, y1]]) * [[last.width / w], [last.height / h]]
+        for axis, (start, stop) in enumerate(ends):
+            touched = np.flatnonzero(grid.sum(axis) > 1e-6)
+            assert touched[0] == math.floor(start / p.policy.patch + 1e-6)
+            assert touched[-1] == math.ceil(stop / p.policy.patch - 1e-6) - 1
 
 
 def test_a_number_counts_as_its_digits_side_by_side():
@@ -168,11 +170,13 @@ def test_a_number_counts_as_its_digits_side_by_side():
     index = {d: int(d) for d in pipeline.DIGITS}
     shares = list(pipeline._shares(Thing("71", "digit", (0.0, 0.0, 32.0, 16.0), ""), p, index))
     assert [name for name, _ in shares] == [7, 1]
-    np.testing.assert_allclose([s for _, s in shares], [[1, 0, 0, 0], [0, 1, 0, 0]], atol=1e-6)
+    want = np.zeros((2, 4, 4))
+    want[0, :2, :2] = want[1, :2, 2:] = 1 / 4
+    np.testing.assert_allclose([s.reshape(4, 4) for _, s in shares], want, atol=1e-6)
 
 
 def test_a_thing_too_small_to_see_at_this_ratio_is_not_asked_for():
-    box, index = (0.0, 0.0, 12.0, 12.0), {"cat": 0}
+    box, index = (0.0, 0.0, 9.0, 9.0), {"cat": 0}
     thing = Thing("cat", "picture", box, "")
     assert len(list(pipeline._shares(thing, plan.make((32, 32), 1.0, POLICY), index))) == 1
     assert not list(pipeline._shares(thing, plan.make((32, 32), 0.25, POLICY), index))

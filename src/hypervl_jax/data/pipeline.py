@@ -1,7 +1,7 @@
 """Screens -> batches. Which screens make up step s, and how far each is shrunk, is a pure function of the seed, so to
 resume is to start at s. Grain runs the loading in threads.
 
-Axes: B screens, N tiles, T tile side, P patches, M tokens a tile, F = N M, L sequence, K things.
+Axes: B screens, N tiles, T tile side, P patches a tile, L sequence, K things.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypervl_jax.plan import VisionPlan
 from hypervl_jax.text import Tokenizer
 
 DIGITS = tuple("0123456789")
-LEGIBLE = 10  # pixels a side, as shown: smaller things are not asked for by the image-name term
+LEGIBLE = 7  # pixels a side, as shown: smaller things are not asked for by the image-name term
 
 
 @runtime_checkable
@@ -34,7 +34,7 @@ class Source(Protocol):
 
 class Batch(NamedTuple):
     """One step's worth. `names` and `weights` are the image-name term's: the class of each thing (-1: none) and the
-    share of its box in each cell."""
+    share of its box in each patch."""
 
     tiles: np.ndarray  # u8[B N T T 3]
     mask: np.ndarray  # bool[B N P], patches that touch real pixels
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # i32[B L]
     segments: np.ndarray  # i32[B L]
     names: np.ndarray  # i32[B K]
-    weights: np.ndarray  # f32[B K F]
+    weights: np.ndarray  # f32[B K N*P]
 
 
 class BatchSpec(NamedTuple):
@@ -99,15 +99,15 @@ def collate(
     bucket: int,
     pad_id: int,
     classes: Sequence[str] = (),
+    things: int = 1,
 ) -> Batch:
-    """Screens with their plans and prompts, padded to the shapes of `bucket`."""
+    """Screens with their plans and prompts, padded to the shapes of `bucket`; at most `things` of them named."""
     n, policy = cfg.tile_buckets[bucket], plans[0].policy
     tiles = np.zeros((len(screens), n, policy.tile, policy.tile, 3), np.uint8)
     mask = np.zeros((len(screens), n, policy.patches_per_side**2), bool)
     index = {c: i for i, c in enumerate(classes)}
-    things = 2 * (cfg.screens.max_things + 4)  # each also as the thumbnail shows it; a number has at most 4 digits
     names = np.full((len(screens), things), -1, np.int32)
-    weights = np.zeros((len(screens), things, n * policy.tokens_per_tile), np.float32)
+    weights = np.zeros((len(screens), things, n * policy.patches_per_side**2), np.float32)
     for b, (screen, p) in enumerate(zip(screens, plans, strict=True)):
         tiles[b, : p.n_tiles] = image.prepare(screen.image, p)
         mask[b, : p.n_tiles] = p.patch_mask()
@@ -129,9 +129,13 @@ def batches(
     seed: int,
     steps: int,
     start: int = 0,
+    things: int | None = None,
 ) -> Iterator[Batch]:
-    """Training batches of steps `start` .. `steps` - 1, loaded ahead in threads by Grain."""
+    """Training batches of steps `start` .. `steps` - 1, loaded ahead in threads by Grain. `things` are named on each
+    screen at most; by default each picture and digit, also as the thumbnail shows it."""
     import grain.python as grain
+
+    most = 2 * (cfg.screens.max_things + cfg.screens.digits) if things is None else things
 
     def load(spec: BatchSpec) -> Batch:
         screens = [source[i] for i in spec.indices]
@@ -140,7 +144,7 @@ def batches(
             text.render_questions(p, [(q.text, q.answer) for q in s.questions], tokenizer, text_cfg)
             for s, p in zip(screens, plans, strict=True)
         ]
-        return collate(screens, plans, prompts, cfg, spec.bucket, tokenizer.special(text.PAD), classes)
+        return collate(screens, plans, prompts, cfg, spec.bucket, tokenizer.special(text.PAD), classes, most)
 
     specs = schedule(source.sizes, cfg, policy, seed, steps)[start:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=6)
@@ -148,20 +152,20 @@ def batches(
 
 
 def _shares(thing: Thing, p: VisionPlan, index: dict[str, int]) -> Iterator[tuple[int, np.ndarray]]:
-    """(class, f32[F]) of what is legible of a thing: in the tiles together, and again in the thumbnail. A number counts
-    as its digits, side by side."""
+    """(class, f32[N*P]) of what is legible of a thing: in the tiles together, and again in the thumbnail. A number
+    counts as its digits, side by side."""
     parts = [(thing.concept, thing.box)]
     if thing.kind == "digit":
         x0, y0, x1, y1 = thing.box
         edges = np.linspace(x0, x1, len(thing.concept) + 1)
         parts = [(d, (l, y0, r, y1)) for d, l, r in zip(thing.concept, edges, edges[1:], strict=False)]
-    side, per, cell = p.policy.cells_per_side, p.policy.tokens_per_tile, p.policy.cell
+    side, patch = p.policy.patches_per_side, p.policy.patch
     for name, box in parts:
         if name not in index:
             continue
         x0, y0, x1, y1 = p.pixels_to_canvas(box)
         if max(x1 - x0, y1 - y0) >= LEGIBLE:
-            rows, cols = _overlap(y0, y1, p.grid[0] * side, cell), _overlap(x0, x1, p.grid[1] * side, cell)
+            rows, cols = _overlap(y0, y1, p.grid[0] * side, patch), _overlap(x0, x1, p.grid[1] * side, patch)
             grid = np.outer(rows, cols).reshape(p.grid[0], side, p.grid[1], side).transpose(0, 2, 1, 3).reshape(-1)
             yield index[name], (grid / grid.sum()).astype(np.float32)
         if p.thumb is not None:
@@ -169,13 +173,13 @@ def _shares(thing: Thing, p: VisionPlan, index: dict[str, int]) -> Iterator[tupl
             x0, x1 = (x * last.width / w + last.left for x in (box[0], box[2]))
             y0, y1 = (y * last.height / h + last.top for y in (box[1], box[3]))
             if max(x1 - x0, y1 - y0) >= LEGIBLE:
-                grid = np.outer(_overlap(y0, y1, side, cell), _overlap(x0, x1, side, cell)).reshape(-1)
-                share = np.zeros(p.n_tiles * per, np.float32)
-                share[-per:] = grid / grid.sum()
+                grid = np.outer(_overlap(y0, y1, side, patch), _overlap(x0, x1, side, patch)).reshape(-1)
+                share = np.zeros(p.n_tiles * side**2, np.float32)
+                share[-(side**2) :] = grid / grid.sum()
                 yield index[name], share
 
 
-def _overlap(start: float, stop: float, cells: int, cell: int) -> np.ndarray:
-    """f32[cells]: pixels of [start, stop) in each cell of an axis."""
-    edges = np.arange(cells + 1) * cell
+def _overlap(start: float, stop: float, patches: int, patch: int) -> np.ndarray:
+    """f32[patches]: pixels of [start, stop) in each patch of an axis."""
+    edges = np.arange(patches + 1) * patch
     return np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None) + 1e-9

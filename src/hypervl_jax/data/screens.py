@@ -25,9 +25,6 @@ Generator = np.random.Generator
 TASKS = ("name", "find", "read", "count", "yesno")
 ROWS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 GRID = 100  # `find` answers on a grid of GRID x GRID cells over the image
-PICTURE = (18, 56)  # pixels, longer side
-HAND = (14, 44)  # pixels, height of a handwritten digit
-PRINT = (7, 40)  # pixels, height of a printed digit, log-uniform: small print is common
 NUMBERS = 0.6  # of the screens show a number ...
 ALONE = 0.15  # ... of those, show nothing else
 REPEATS = 0.5  # of the screens show one thing several times, so that counts of 2 to 4 are not rare
@@ -83,8 +80,12 @@ def check(assets: Assets, cfg: ScreensConfig) -> None:
         raise ScreenError(f"concepts {cfg.concepts}: the archive has {len(assets.words)}, and two are the least")
     if not 16 <= cfg.min_side <= cfg.max_side or cfg.max_area < cfg.min_side**2:
         raise ScreenError("sides: need 16 <= min_side <= max_side and max_area >= min_side^2")
-    if cfg.max_things < 1 or cfg.questions < 1:
-        raise ScreenError("max_things and questions must be at least 1")
+    if cfg.max_things < 1 or cfg.questions < 1 or cfg.digits < 1:
+        raise ScreenError("max_things, questions and digits must be at least 1")
+    for name in ("picture", "print_height", "hand_height"):
+        span = getattr(cfg, name)
+        if len(span) != 2 or not 7 <= span[0] <= span[1]:
+            raise ScreenError(f"{name} {span}: from .. to, in pixels, and 7 is the least that can be seen")
 
 
 def _compose(rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split) -> Screen:
@@ -96,7 +97,7 @@ def _compose(rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split) -
     pictures_wanted = cfg.tasks != ("read",)
     number = "read" in cfg.tasks and (rng.random() < NUMBERS or not pictures_wanted)
     if number:
-        thing, digit_height = _number(rng, assets, split, canvas, taken)
+        thing, digit_height = _number(rng, assets, cfg, split, canvas, taken)
         things.append(thing)
     if pictures_wanted and not (number and rng.random() < ALONE):
         things += _pictures(rng, assets, cfg, split, canvas, taken)
@@ -220,8 +221,8 @@ def _pictures(
     concepts = _concepts(rng, cfg)
     side = min(canvas.shape[:2])
     room = (0.45 * canvas.shape[0] * canvas.shape[1] / len(concepts)) ** 0.5
-    low = min(PICTURE[0], 0.7 * side)
-    high = max(low, min(PICTURE[1], 0.7 * side, room))
+    low = min(cfg.picture[0], 0.7 * side)
+    high = max(low, min(cfg.picture[1], 0.7 * side, room))
     typical = np.exp(rng.uniform(np.log(low), np.log(high)))  # of this screen, so that some have only large pictures
     things = []
     for concept in concepts:
@@ -279,14 +280,16 @@ def _recolour(rng: Generator) -> np.ndarray:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _number(rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, taken: list[Rect]) -> tuple[Thing, float]:
+def _number(
+    rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.ndarray, taken: list[Rect]
+) -> tuple[Thing, float]:
     """Write one number, handwritten or printed, on a plate that keeps it legible. Returns it and its digit height."""
     held = int(split.startswith("test"))
     hand = rng.random() < 0.35
-    low, high = HAND if hand else PRINT
+    low, high = cfg.hand_height if hand else cfg.print_height
     fonts = assets.fonts[held]
     font = "hand" if hand else list(fonts)[rng.integers(len(fonts))]
-    digits = rng.integers(0, 10, rng.integers(1, 5)).tolist()
+    digits = rng.integers(0, 10, rng.integers(1, cfg.digits + 1)).tolist()
     while True:  # shorter and smaller until it fits: on the smallest screen one digit of 7 px does
         height = round(float(np.exp(rng.uniform(np.log(low), np.log(high)))))
         alpha = _handwritten(rng, assets.hand[held], digits, height) if hand else _printed(fonts[font], digits, height)
@@ -296,7 +299,7 @@ def _number(rng: Generator, assets: Assets, split: Split, canvas: np.ndarray, ta
         if spot is not None:
             break
         if high <= low:
-            digits, low = digits[: max(1, len(digits) - 1)], max(PRINT[0], low - 1)
+            digits, low = digits[: max(1, len(digits) - 1)], max(7, low - 1)
         high = max(low, 0.8 * high)
     dark = rng.random() < 0.5
     plate, ink = _colour(rng, dark), _colour(rng, not dark)

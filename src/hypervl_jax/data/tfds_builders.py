@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ..config import ScreensConfig, config_hash
 from . import assets as archive
-from . import screens
-from .assets import SPLITS, Assets, Split
+from . import screens, sheets
+from .assets import SPLITS, Assets
 from .screens import Question, Screen, Thing
 
 try:
@@ -30,11 +30,22 @@ except ImportError as e:
     raise ImportError("preparing screens needs tensorflow-datasets: pip install 'hypervl_jax[train]'") from e
 
 
+SETS = (*SPLITS, "sheets")  # sheets show what `train` shows
+
+
+def record(assets: Assets, cfg: ScreensConfig, name: str, index: int) -> Screen:
+    """Record `index` of one of `SETS`."""
+    if name == "sheets":
+        return sheets.record(assets, cfg, "train", index)
+    return screens.record(assets, cfg, name, index)  # type: ignore
+
+
 @functools.cache
 def _origin() -> str:
     """What a screen depends on besides its settings: the archive and the composing code."""
     digest = hashlib.sha256(archive.PATH.read_bytes())
-    digest.update(Path(screens.__file__).read_bytes())
+    for module in (screens, sheets):
+        digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
 
@@ -76,14 +87,14 @@ class Screens(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {s: self._generate_examples(s) for s in SPLITS if getattr(self._screens.screens, s)}
+        return {s: self._generate_examples(s) for s in SETS if getattr(self._screens.screens, s)}
 
-    def _generate_examples(self, split: Split):
+    def _generate_examples(self, split: str):
         cfg, assets = self._screens.screens, Assets.load()
         sizes: list[list[int]] = []
         bar = tqdm(range(getattr(cfg, split)), f"screens {split}", disable=not self._screens.progress, leave=False)
         for i in bar:
-            screen = screens.record(assets, cfg, split, i)
+            screen = record(assets, cfg, split, i)
             sizes.append(list(screen.image.shape[:2]))
             yield i, {"image": io.BytesIO(_png(screen.image)), "meta": json.dumps(_meta(screen))}
         self.info.metadata["sizes"][split] = sizes  # type: ignore
@@ -111,7 +122,7 @@ def _box(value: list[float] | None) -> Any:
 class ScreenSource:
     """Random access to one prepared split: `source[i]` is a `Screen`; `sizes` i32[n 2] are (height, width)."""
 
-    def __init__(self, builder: Screens, split: Split):
+    def __init__(self, builder: Screens, split: str):
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})  # type: ignore
         self.sizes = np.array(builder.info.metadata["sizes"][split], np.int32).reshape(-1, 2)  # type: ignore
         self.name = f"{builder.builder_config.name}/{split}"  # type: ignore
@@ -145,8 +156,8 @@ def _builder(cfg: ScreensConfig, data_dir: Path | str, progress: bool) -> Screen
         logging.set_verbosity(level)
 
 
-def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> dict[Split, ScreenSource]:
-    """Every split of `cfg` with at least one screen, prepared under `data_dir` unless it is there already.
+def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> dict[str, ScreenSource]:
+    """Every set of `cfg` with at least one record, prepared under `data_dir` unless it is there already.
 
     An interrupted preparation leaves nothing that would be taken for a prepared set. Raises `ScreenError` for settings
     that no screen can satisfy.
@@ -154,11 +165,11 @@ def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> di
     builder = _builder(cfg, data_dir, progress)
     tfds.disable_progress_bar()  # one bar a split, ours
     builder.download_and_prepare()
-    return {s: ScreenSource(builder, s) for s in SPLITS if getattr(cfg, s)}
+    return {s: ScreenSource(builder, s) for s in SETS if getattr(cfg, s)}
 
 
-def source(cfg: ScreensConfig, data_dir: Path | str, split: Split) -> ScreenSource:
-    """One prepared split. Raises `FileNotFoundError` if `build` has not been run for these settings."""
+def source(cfg: ScreensConfig, data_dir: Path | str, split: str) -> ScreenSource:
+    """One prepared set. Raises `FileNotFoundError` if `build` has not been run for these settings."""
     builder = _builder(cfg, data_dir, progress=False)
     if not builder.is_prepared():
         raise FileNotFoundError(f"{builder.data_path}: not prepared; run build(cfg, {str(data_dir)!r}) first")

@@ -1,7 +1,8 @@
 """HyperVL as a sentence: encode the tiles with one of two branches, place them in the text, run the decoder.
 
 Parameters are one plain tree, {"base": {vit, projector}, "large": {vit, projector}, "llm", "vrc"}.
-Axes: B batch, N tiles, T tile side, P patches, M tokens a tile, F = N M, L sequence, D decoder width, V vocabulary.
+Axes: B batch, N tiles, T tile side, P patches, W encoder width, M tokens a tile, F = N M,
+L sequence, D decoder width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def init(key: Array, cfg: ModelConfig) -> Params:
     return params
 
 
-def encode_batch(
+def look(
     params: Params,
     cfg: ModelConfig,
     branch: Branch,
@@ -49,11 +50,23 @@ def encode_batch(
     mask: Bool[Array, "N P"],
     scan: bool = True,
     remat: bool = False,
-) -> Float[Array, "N M D"]:
-    """All tiles at once through one branch and its projector."""
-    x = Vit(cfg.vit(branch), scan, remat).apply({"params": params[branch]["vit"]}, tiles, mask)
+) -> Float[Array, "N P W"]:
+    """Patch features of all tiles at once, W wide: one branch without its projector."""
+    return Vit(cfg.vit(branch), scan, remat).apply({"params": params[branch]["vit"]}, tiles, mask)
+
+
+def project(params: Params, cfg: ModelConfig, branch: Branch, patches: Float[Array, "N P W"]) -> Float[Array, "N M D"]:
+    """Patch features -> decoder embeddings."""
     projector = Projector(cfg.llm.width, cfg.policy.merge)
-    return projector.apply({"params": params[branch]["projector"]}, x)
+    return projector.apply({"params": params[branch]["projector"]}, patches)
+
+
+def encode_batch(
+    params: Params, cfg: ModelConfig, branch: Branch, tiles: Num[Array, "N T T 3"], mask: Bool[Array, "N P"],
+    scan: bool = True, remat: bool = False,
+) -> Float[Array, "N M D"]:  # fmt: skip
+    """All tiles at once through one branch and its projector."""
+    return project(params, cfg, branch, look(params, cfg, branch, tiles, mask, scan, remat))
 
 
 def encode_tiles(

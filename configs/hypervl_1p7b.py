@@ -1,0 +1,7 @@
+"""The paper's sizes. Traces, counts and compiles; training it takes an accelerator and true data."""
+
+from hypervl_jax.config import Config, hypervl_1p7b
+
+
+def get_config() -> Config:
+    return hypervl_1p7b()

@@ -1,0 +1,228 @@
+"""Training: what each job moves, where gradients go, resuming bit for bit, stopping when the loss is not finite."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypervl_jax import checkpoint, losses, train
+from hypervl_jax.config import BRANCHES
+from hypervl_jax.train import Job, TrainError
+
+NAMES, LARGE, BASE = Job(BRANCHES, stage0=True), Job(("large",)), Job(("base",))
+
+
+@pytest.fixture(scope="module")
+def cfg(tiny_config):
+    """Four steps, stage 0, Large, Base, Large, in one bucket, so that there are three programs to compile."""
+    return replace(
+        tiny_config,
+        data=replace(tiny_config.data, tile_buckets=(5,), lengths=(128,)),
+        train=replace(tiny_config.train, steps=4, stage0_steps=1, save_every=2, log_every=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(cfg, tiny_source, tiny_sheets, tiny_tokenizer, tiny_classes):
+    def run(out, cfg=cfg, classes=tiny_classes):
+        return train.run(cfg, tiny_source, tiny_sheets, tiny_tokenizer, classes, out, progress=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """(folder, last state) of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(out)
+
+
+@pytest.fixture(scope="module")
+def batch(cfg, tiny_source, tiny_tokenizer, tiny_classes):
+    from hypervl_jax.data import pipeline
+
+    m = cfg.model
+    feed = pipeline.batches(tiny_source, cfg.data, m.policy, m.text, tiny_tokenizer, tiny_classes, 5, 1)
+    return jax.tree.map(jnp.asarray, next(feed))
+
+
+@pytest.fixture(scope="module")
+def step(whole, cfg, batch):
+    """Job -> (state before, state after, metrics), from the last state of the undisturbed run."""
+    start = jax.tree.map(np.asarray, whole[1])
+
+    def step(job, cfg=cfg):
+        after, metrics = train.compiled(cfg)(jax.device_put(start, jax.devices()[0]), batch, job)
+        return start, jax.tree.map(np.asarray, after), {k: float(v) for k, v in metrics.items()}
+
+    return step
+
+
+def equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)))
+
+
+def moved(before, after):
+    """Groups whose weights changed, and groups whose optimiser state changed."""
+    return tuple(
+        {g for g in before.params if not equal(getattr(before, part)[g], getattr(after, part)[g])}
+        for part in ("params", "opt")
+    )
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+class PowerCut(Exception):
+    pass
+
+
+def test_two_steps_saved_and_two_resumed_are_four_bit_for_bit(whole, run, cfg, tmp_path, monkeypatch):
+    """The run dies in its third step, after the checkpoint of the second."""
+    job_at = train.job_at
+
+    def dies(cfg, step):
+        if step == 2:
+            raise PowerCut
+        return job_at(cfg, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "job_at", dies)
+        with pytest.raises(PowerCut):
+            run(tmp_path)
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() == 2
+    state = run(tmp_path)
+    assert int(state.step) == 4
+    assert equal(state, whole[1])
+    for a, b in zip(log(whole[0]), log(tmp_path), strict=True):
+        assert {k: v for k, v in a.items() if k != "time"} == {k: v for k, v in b.items() if k != "time"}
+
+
+def test_a_finished_run_is_not_trained_again(whole, run):
+    lines = (whole[0] / "log.jsonl").read_text()
+    assert equal(run(whole[0]), whole[1])
+    assert (whole[0] / "log.jsonl").read_text() == lines
+
+
+def test_the_log_has_a_line_a_step_with_the_parts_of_its_job(whole):
+    lines = log(whole[0])
+    always = {"step", "time", "grad_norm", "lr"}
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert set(lines[0]) == always | {"name_base", "name_large"}
+    assert set(lines[1]) == set(lines[3]) == always | {"name_large", "loss_large"}
+    assert set(lines[2]) == always | {"name_base", "loss_base", "kl"}
+
+
+def test_a_folder_of_other_settings_is_refused(whole, run, cfg):
+    with pytest.raises(TrainError, match="other settings"):
+        run(whole[0], cfg=replace(cfg, train=replace(cfg.train, lr=0.5)))
+    with pytest.raises(TrainError, match="other settings"):
+        run(whole[0], classes=("cat",))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path, monkeypatch):
+    fresh = train.init_state
+
+    def poisoned(cfg, classes):
+        state = fresh(cfg, classes)
+        state.params["large"]["vit"]["norm"]["bias"] *= jnp.nan
+        return state
+
+    monkeypatch.setattr(train, "init_state", poisoned)
+    with pytest.raises(TrainError, match=r"step \d: loss is not finite.*lower train\.lr"):
+        run(tmp_path)
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() is None
+
+
+# --- what a job moves ------------------------------------------------------------------------------------------------
+
+
+def test_a_large_step_leaves_base_bit_equal(step):
+    before, after, _ = step(LARGE)
+    assert moved(before, after) == ({"large", "llm", "names_large"},) * 2
+
+
+def test_a_base_step_leaves_large_bit_equal(step):
+    before, after, metrics = step(BASE)
+    assert moved(before, after) == ({"base", "llm", "names_base"},) * 2
+    assert metrics["kl"] > 0
+
+
+def test_stage_0_leaves_the_decoder_bit_equal(step):
+    before, after, _ = step(NAMES)
+    assert moved(before, after) == ({"base", "large", "names_base", "names_large"},) * 2
+
+
+def test_teacher_only_leaves_the_decoder_bit_equal_on_base_steps(step, cfg):
+    frozen = replace(cfg, dcl=replace(cfg.dcl, llm_train="teacher_only"))
+    before, after, _ = step(BASE, frozen)
+    assert moved(before, after) == ({"base", "names_base"},) * 2
+    assert "llm" in train.groups(frozen, LARGE)
+
+
+def test_without_its_terms_nothing_is_left_of_names_and_kl(cfg, whole, batch):
+    bare = replace(cfg, train=replace(cfg.train, name_weight=0.0), dcl=replace(cfg.dcl, weight=0.0))
+    assert train.groups(bare, BASE) == ("base", "llm")
+    params = jax.tree.map(jnp.asarray, whole[1].params)
+    _, parts = jax.eval_shape(lambda p: train.loss_fn(p, {}, bare, Job(BRANCHES), batch), params)
+    assert set(parts) == {"loss_base", "loss_large"}
+
+
+def test_every_weight_of_a_moving_group_moves(step):
+    before, after, _ = step(LARGE)
+    for group in ("large", "llm"):
+        old = checkpoint.flatten(before.params[group])
+        still = {k for k, v in checkpoint.flatten(after.params[group]).items() if (v == old[k]).all()}
+        assert still <= {"vit.blocks.layers.k.bias"}  # softmax does not feel it
+
+
+# --- where gradients go ----------------------------------------------------------------------------------------------
+
+
+def test_consistency_pulls_on_the_student_alone(cfg, whole, batch):
+    """Exactly nothing reaches the teacher's encoder and projector, through the shared decoder either."""
+    params = jax.tree.map(jnp.asarray, whole[1].params)
+    kl = jax.jit(jax.grad(lambda p: train.loss_fn(p, {}, cfg, Job(BRANCHES), batch)[1]["kl"]))
+    size = {g: sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(t)) for g, t in kl(params).items()}
+    assert size["large"] == size["names_base"] == size["names_large"] == 0
+    assert size["base"] > 0
+    assert size["llm"] > 0
+
+
+def test_logits_of_the_prompt_have_no_say(batch):
+    targets, mask = losses.shift(jnp.asarray(batch.ids), jnp.asarray(batch.loss))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, *batch.ids.shape, 32)), jnp.float32)
+    other = jnp.where(mask[..., None], logits, 9.0 - logits)
+    assert losses.dcl_kl(*logits, mask, 2.0) == losses.dcl_kl(*other, mask, 2.0)
+    assert 0 < mask.mean() < 0.5
+    supervised = losses.mean_where(losses.cross_entropy(logits[0], targets % 32), mask)
+    assert supervised == losses.mean_where(losses.cross_entropy(other[0], targets % 32), mask)
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_alternates_after_stage_0(cfg):
+    assert [train.job_at(cfg, s) for s in range(4)] == [NAMES, LARGE, BASE, LARGE]
+    joint = replace(cfg, dcl=replace(cfg.dcl, schedule="joint"))
+    assert [train.job_at(joint, s) for s in range(3)] == [NAMES, Job(BRANCHES), Job(BRANCHES)]
+    coin = replace(cfg, dcl=replace(cfg.dcl, schedule="random"))
+    tossed = [train.job_at(coin, s) for s in range(1, 101)]
+    assert tossed == [train.job_at(coin, s) for s in range(1, 101)]
+    assert 30 < tossed.count(BASE) < 70
+    assert tossed.count(BASE) + tossed.count(LARGE) == 100
+
+
+def test_stage_0_holds_the_peak_and_the_cosine_spans_the_rest(cfg):
+    cfg = replace(cfg, train=replace(cfg.train, steps=50, stage0_steps=10, warmup=4, lr=1.0, final_lr=0.1))
+    rates = [float(train.rate_at(cfg, jnp.int32(s))) for s in range(50)]
+    np.testing.assert_allclose(rates[:10], [0.25, 0.5, 0.75, *[1.0] * 7])
+    np.testing.assert_allclose(rates[10:14], [0.25, 0.5, 0.75, 1.0])
+    assert rates[-1] == pytest.approx(0.1)
