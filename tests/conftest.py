@@ -92,11 +92,6 @@ def tiny_sheets(tiny_config):
 
 
 @pytest.fixture(scope="session")
-def tiny_sheets(tiny_config):
-    return Screens(tiny_config.data.screens, "sheets", 8)
-
-
-@pytest.fixture(scope="session")
 def tiny_classes(tiny_config):
     """What the image-name term tells apart: the concepts and the digits."""
     from hypervl_jax.data import pipeline
