@@ -1,5 +1,7 @@
 """The decoder against transformers' Qwen3, random weights, odd sizes: part by part, then logits and greedy answers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,25 +36,14 @@ class Pair:
 
         torch.manual_seed(0)
         self.cfg = cfg
-        self.theirs = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=cfg.vocab,
-                hidden_size=cfg.width,
-                intermediate_size=cfg.mlp,
-                num_hidden_layers=cfg.depth,
-                num_attention_heads=cfg.heads,
-                num_key_value_heads=cfg.kv_heads,
-                head_dim=cfg.head_dim,
-                rms_norm_eps=cfg.eps,
-                tie_word_embeddings=cfg.tied,
-                attn_implementation="eager",
-                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-                max_position_embeddings=512,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )  # fmt: skip
-        ).eval()
+        sizes = Qwen3Config(
+            vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp, num_hidden_layers=cfg.depth,
+            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim,
+            rms_norm_eps=cfg.eps, tie_word_embeddings=cfg.tied, attn_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, max_position_embeddings=512,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        self.theirs = Qwen3ForCausalLM(sizes).eval()
         with torch.no_grad():
             for name, p in self.theirs.named_parameters():
                 p.copy_(1 + 0.3 * torch.randn(p.shape) if "norm" in name else 0.25 * torch.randn(p.shape))
@@ -69,7 +60,6 @@ class Pair:
         if not cfg.tied:
             self.params["head"] = w["lm_head.weight"]
         self.params = jax.tree.map(jnp.asarray, self.params)
-        self.used = set(w)
 
     def layer(self, i):
         return jax.tree.map(lambda a: a[i], self.params["blocks"]["layers"])
@@ -145,8 +135,6 @@ def test_stack_and_logits(scan, pair, ids):
 
 def test_greedy_answers_through_both_caches(pair, ids):
     """Rows of different length, padded on the left; twenty tokens each."""
-    import dataclasses
-
     new = 20
     cfg = dataclasses.replace(tiny().model, llm=pair.cfg)
     rows = [(ids[0], np.full(L, -1)), (ids[1, 4:], np.full(L - 4, -1))]
