@@ -192,12 +192,17 @@ def run(
     ]
 
 
+def _logits(params: dict, cfg: ModelConfig, branch: Branch, tiles: Array, mask: Array, row: Prompt) -> Array:
+    feats = _features(params, cfg, branch, tiles, mask)
+    return llm.logits(
+        params["llm"], hypervl.hidden(params, cfg, feats, row.ids, row.slots, row.positions, row.segments)
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "branch", "questions"))
 def _losses(params: dict, cfg: ModelConfig, branch: Branch, questions: int, tiles: Array, mask: Array, row: Prompt):
-    feats = _features(params, cfg, branch, tiles, mask)
-    hidden = hypervl.hidden(params, cfg, feats, row.ids, row.slots, row.positions, row.segments)
     targets, answers = losses.shift(row.ids, row.loss)
-    nats = losses.cross_entropy(llm.logits(params["llm"], hidden), targets)
+    nats = losses.cross_entropy(_logits(params, cfg, branch, tiles, mask, row), targets)
     own = answers[:, None] & (jnp.roll(row.segments, -1, 1)[:, None] == 1 + jnp.arange(questions)[:, None])
     return jnp.where(own.any(-1), jnp.where(own, nats[:, None], 0).sum(-1) / own.sum(-1), jnp.nan)
 
@@ -206,12 +211,40 @@ def answer_losses(
     model: Model, branch: Branch, screens: Sequence[Screen], shrink: Sequence[float] | np.ndarray, questions: int
 ) -> np.ndarray:
     """f64[n questions]: mean nats a token of each true answer, teacher-forced; NaN where a screen has fewer."""
+    out = np.full((len(screens), questions), np.nan)
+    for now, seen in _rows(model, screens, shrink, questions):
+        got = _losses(model.params, model.config, branch, questions, *seen)
+        out[now] = np.asarray(got)[: len(now)]
+    return out
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _divergence(params: dict, cfg: ModelConfig, tiles: Array, mask: Array, row: Prompt):
+    _, answers = losses.shift(row.ids, row.loss)
+    t, s = (jax.nn.log_softmax(_logits(params, cfg, b, tiles, mask, row)) for b in ("large", "base"))
+    kl, same = (jnp.exp(t) * (t - s)).sum(-1), t.argmax(-1) == s.argmax(-1)
+    return jnp.stack([jnp.where(answers, x, 0).sum(-1) for x in (kl, same, jnp.ones_like(kl))], -1)
+
+
+def divergence(model: Model, screens: Sequence[Screen]) -> np.ndarray:
+    """f64[n 3]: over the tokens of the true answers about each screen, teacher-forced: the sum of KL(Large || Base) at
+    temperature 1 (nats), how many the branches agree on (most likely token), and how many there are."""
+    out = np.zeros((len(screens), 3))
+    for now, seen in _rows(model, screens, [1.0] * len(screens), max(len(s.questions) for s in screens)):
+        out[now] = np.asarray(_divergence(model.params, model.config, *seen))[: len(now)]
+    return out
+
+
+def _rows(
+    model: Model, screens: Sequence[Screen], shrink: Sequence[float] | np.ndarray, questions: int
+) -> Iterator[tuple[list[int], tuple[np.ndarray, np.ndarray, Prompt]]]:
+    """(which screens, (tiles, mask, row)): batches of screens with their first `questions` questions and answers, each
+    filled up with its first screen."""
     cfg, tok = model.config, model.tokenizer
     plans = [plan.make(s.image.shape[:2], r, cfg.policy) for s, r in zip(screens, shrink, strict=True)]
     sizes, groups = tile_buckets(cfg), defaultdict(list)
     for i, p in enumerate(plans):
         groups[next(s for s in sizes if p.n_tiles <= s)].append(i)
-    out = np.full((len(screens), questions), np.nan)
     for n, members in sorted(groups.items()):
         for start in range(0, len(members), BATCH):
             now = members[start : start + BATCH]
@@ -224,10 +257,7 @@ def answer_losses(
             ]
             length = -(-max(len(r.ids) for r in rows) // 32) * 32
             tiles, mask = _tiles([screens[i].image for i in fill], [plans[i] for i in fill], n, BATCH)
-            row = text.stack(rows, length, tok.special(text.PAD))
-            got = _losses(model.params, cfg, branch, questions, tiles, mask, row)
-            out[now] = np.asarray(got)[: len(now)]
-    return out
+            yield now, (tiles, mask, text.stack(rows, length, tok.special(text.PAD)))
 
 
 def _tiles(images: Sequence[np.ndarray], plans: Sequence[VisionPlan], n: int, batch: int):

@@ -64,6 +64,14 @@ def corpus(screens: Iterable[Screen]) -> Iterable[str]:
             yield from (q.text, q.answer)
 
 
+def words(cfg: Config, source: pipeline.Source, path: Path) -> text.Tokenizer:
+    """The tokenizer at `path`, trained on the first screens of `source` where there is none."""
+    if not path.exists():
+        some = (source[i] for i in range(min(2_000, len(source))))
+        text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(path)
+    return text.Tokenizer.load(path)
+
+
 def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Model:
     """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
 
@@ -77,11 +85,8 @@ def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Mod
     stage, screens = stage or Stages(out), cfg.data.screens
     stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
     source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "sheets", "label")}
-    names, model_dir, words = classes(cfg), out / "model", out / checkpoint.TOKENIZER
-    if not words.exists():
-        some = (source["train"][i] for i in range(min(2_000, len(source["train"]))))
-        text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(words)
-    tokenizer = text.Tokenizer.load(words)
+    names, model_dir = classes(cfg), out / "model"
+    tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER)
     stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out))
     params = train.restore(cfg, out / "train", len(names)).params
     fresh = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc)
@@ -109,11 +114,11 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
                     s: evaluate.run(model, b, tests[s], ratios[s] if v else None, progress=f"{b} {s}") for s in SPLITS
                 },
             )
-    controls = stage("controls", lambda: _controls(model, tests))
+    controls = stage("controls", lambda: without_looking(model, tests))
     summary: dict[str, Any] = {"name": cfg.name, "config_hash": config.config_hash(cfg), "controls": controls}
     for v in ("", "_vrc"):
-        summary["accuracy" + v] = {b: _table(said[f"eval_{b}{v}"]) for b in BRANCHES}
-    summary["vrc"] = _saved(cfg, model, tests, ratios, said)
+        summary["accuracy" + v] = {b: per_task(said[f"eval_{b}{v}"]) for b in BRANCHES}
+    summary["vrc"] = savings(cfg, model, tests, ratios, said)
     exported = stage("export", lambda: _export(model, tests, out / "export"))
     litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
     summary |= {k: litert[k] for k in ("accuracy_litert", "accuracy_litert_vrc")}
@@ -151,7 +156,7 @@ def judge(model: Model, branch: config.Branch, shrink: bool, n: int | None, data
         s: evaluate.run(model, branch, some, evaluate.ratios(model, some) if shrink else None, progress=s)
         for s, some in tests.items()
     }
-    return {"branch": branch, "vrc": shrink, "accuracy": _table(said), "controls": _controls(model, tests)}
+    return {"branch": branch, "vrc": shrink, "accuracy": per_task(said), "controls": without_looking(model, tests)}
 
 
 def _same_config(path: Path, cfg: Config) -> None:
@@ -207,7 +212,7 @@ def tables(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, correct) f64[n ratios]: what each picture costs and is worth at each ratio; worth is the mean over its
     questions."""
-    tokens = np.array([[_plan(s, r, model).tokens for r in ratios] for s in screens], float)
+    tokens = np.array([[cost(s, r, model) for r in ratios] for s in screens], float)
     correct = np.zeros_like(tokens)
     for j, r in enumerate(ratios):
         said = evaluate.run(model, branch, screens, [r] * len(screens), progress=f"at {r:.1f}")
@@ -225,22 +230,27 @@ def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float:
         return 1.0
 
 
+def cost(screen: Screen, ratio: float, model: Model) -> int:
+    """Tokens that the decoder sees of one picture at this ratio, the markers of its tiles among them."""
+    return text.visual_tokens(_plan(screen, ratio, model), model.config.text)
+
+
 def _plan(screen: Screen, ratio: float, model: Model) -> VisionPlan:
     return plan.make(screen.image.shape[:2], float(ratio), model.config.policy)
 
 
-def _controls(model: Model, tests: dict[str, list[Screen]]) -> dict[str, dict[str, float]]:
+def without_looking(model: Model, tests: dict[str, list[Screen]]) -> dict[str, dict[str, float]]:
     """What needs no looking: the most common answer, and the model shown another screen's picture."""
     coords = model.config.text.coords
     most = {s: evaluate.majority(tests[s], coords) for s in SPLITS}
     blind = {s: evaluate.run(model, "large", tests[s][:400], shuffled=True, progress=f"shuffled {s}") for s in SPLITS}
     return {
         "majority": {f"{t}_{s.removeprefix('test_')}": x for s in SPLITS for t, x in most[s].items()},
-        "shuffled": {t: a["mean"] for t, a in _table(blind).items()},
+        "shuffled": {t: a["mean"] for t, a in per_task(blind).items()},
     }
 
 
-def _table(said: dict[str, list]) -> dict[str, dict[str, float]]:
+def per_task(said: dict[str, list]) -> dict[str, dict[str, float]]:
     """{split: answers} -> {"task_known" or "task_unseen": accuracy with its interval}."""
     out = {}
     for split, answers in said.items():
@@ -249,18 +259,18 @@ def _table(said: dict[str, list]) -> dict[str, dict[str, float]]:
     return out
 
 
-def _saved(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) -> dict[str, float]:
+def savings(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) -> dict[str, float]:
     """What VRC saves and keeps on the held-out screens, by the labelling branch; and whether it follows small print."""
     branch = cfg.vrc.branch
     vit, tokens, flops, legible = model.config.vit(branch), [], [], []
     for split in SPLITS:
         for s, r in zip(tests[split], ratios[split], strict=True):
             now, full = _plan(s, r, model), _plan(s, 1.0, model)
-            tokens.append((now.tokens, full.tokens))
+            tokens.append((cost(s, r, model), cost(s, 1.0, model)))
             flops.append((now.vit_flops(vit), full.vit_flops(vit)))
             if s.digit_height:
                 legible.append((r, 1 / s.digit_height**2))
-    with_vrc, without = (_table(said[f"eval_{branch}{v}"]) for v in ("_vrc", ""))
+    with_vrc, without = (per_task(said[f"eval_{branch}{v}"]) for v in ("_vrc", ""))
     kept = {t: with_vrc[t]["mean"] / a["mean"] for t, a in without.items() if a["mean"]}
     tokens, flops = np.array(tokens).sum(0), np.array(flops, float).sum(0)
     worst = min(kept, key=lambda t: kept[t]) if kept else ""
@@ -308,7 +318,7 @@ def _litert(model: Model, tests: dict, ratios: dict, out: Path, n: int = 100) ->
                         ok = evaluate.right(q, got, s.image.shape[:2], coords)
                         answers[split].append(evaluate.Answer(i, q.task, q.answer, got, ok))
                         same.append(next(it).answer == got)
-            said[name][branch] = _table(answers)
+            said[name][branch] = per_task(answers)
     return {
         "accuracy_litert": said[""],
         "accuracy_litert_vrc": said["_vrc"],

@@ -281,6 +281,11 @@ class _Writer:
         self.close(loss=True)
 
 
+def visual_tokens(plan: VisionPlan, cfg: TextConfig) -> int:
+    """What one picture costs the decoder: the cells of its tiles and thumbnail, and a marker each."""
+    return plan.tokens + (plan.n_tiles if cfg.layout == "rowcol" else 0)
+
+
 def render(
     messages: Sequence[Mapping[str, Any]],
     plans: Sequence[VisionPlan],

@@ -210,7 +210,8 @@ def _feed(
         whole = dataclasses.replace(cfg.data, shrink_prob=0.0)
         side = cfg.data.screens.sheet_side
         yield from pipeline.batches(sheets, whole, *rest, early, start, things=most(side))
-    yield from pipeline.batches(source, cfg.data, *rest, cfg.train.steps - early, max(start - early, 0))
+    if cfg.train.steps > early:
+        yield from pipeline.batches(source, cfg.data, *rest, cfg.train.steps - early, max(start - early, 0))
 
 
 def restore(cfg: Config, out: Path | str, classes: int) -> State:
