@@ -291,7 +291,7 @@ def _export(model: Model, tests: dict[str, list[Screen]], out: Path) -> dict:
 
     made = parts.export(model, out, verify_images=[tests[s][i].image for s in SPLITS for i in range(2)])
     return {
-        "bytes": {p.name: p.bytes for p in made.parts},
+        "bytes": {p.name: p.file.bytes for p in made.parts},
         "ops": sorted({op for p in made.parts for op in p.ops}),
         "max_relative_error": max(made.parity.values()),
     }
