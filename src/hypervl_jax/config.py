@@ -204,9 +204,10 @@ class DclConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 4_000
-    stage0_steps: int = 400  # image-name term alone, vision only
+    stage0_steps: int = 400  # image-name term alone, on sheets: encoders and projectors
     name_weight: float = 0.5  # image-name term beside the next-token loss; 0 switches it off
     lr: float = 1e-3
+    stage0_lr: float = 2e-3
     warmup: int = 100
     final_lr: float = 0.1  # of lr, at the end of the cosine
     weight_decay: float = 0.01
@@ -310,7 +311,7 @@ def quickstart() -> Config:
         "quickstart",
         model,
         DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(80, 112)),
-        TrainConfig(steps=2_400, stage0_steps=1_000, lr=2e-3, warmup=50, save_every=400),
+        TrainConfig(steps=2_600, stage0_steps=900, warmup=50, save_every=400),
         DclConfig(),
         VrcTrainConfig(steps=200, batch=32),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import reduce
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -35,13 +36,18 @@ def dcl_kl(
     return temperature**2 * mean_where((jnp.exp(t) * (t - s)).sum(-1), mask)
 
 
+def pool_cells(weights: Float[Array, "B K N*P"], side: int, merge: int) -> Float[Array, "B K N*M"]:
+    """Shares of patches, `side` x `side` a tile, as shares of the tokens they are folded into."""
+    return reduce(weights, "b k (n r p c q) -> b k (n r c)", "sum", r=side // merge, p=merge, c=side // merge, q=merge)
+
+
 def name_loss(
     features: Float[Array, "B F D"],
     weights: Float[Array, "B K F"],
     names: Int[Array, "B K"],
     table: Float[Array, "C D"],
 ) -> Float[Array, ""]:
-    """Image-name term: the features of each thing's patches, pooled with `weights`, must pick its name out of a table
-    of one learned vector a name. `names` is -1 where there is no thing. Keeps a small model off the language prior."""
+    """Image-name term: the features of each thing's patches (or tokens), pooled with `weights`, must pick its name out
+    of a table of one vector a name. `names` is -1 where there is none. Keeps a small model off the language prior."""
     pooled = jnp.einsum("bkf,bfd->bkd", weights, features)
     return mean_where(cross_entropy(jnp.einsum("bkd,cd->bkc", pooled, table), jnp.maximum(names, 0)), names >= 0)

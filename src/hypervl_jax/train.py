@@ -69,9 +69,9 @@ def job_at(cfg: Config, step: int) -> Job:
 
 
 def rate_at(cfg: Config, step: Array) -> Array:
-    """Stage 0 holds the peak rate; the cosine spans the rest."""
+    """Stage 0 holds its peak rate; the cosine spans the rest."""
     t = cfg.train
-    early = t.lr * jnp.minimum(1.0, (step + 1) / max(t.warmup, 1))
+    early = t.stage0_lr * jnp.minimum(1.0, (step + 1) / max(t.warmup, 1))
     late = optim.rate(t, jnp.maximum(step - t.stage0_steps, 0), t.steps - t.stage0_steps)
     return jnp.where(step < t.stage0_steps, early, late)
 
@@ -99,18 +99,27 @@ def row_logits(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
 
 
 def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """The objective of one job and its parts. Gradients flow into `trained` only."""
+    """The objective of one job and its parts. Gradients flow into `trained` only.
+
+    The image-name term reads twice: patches through a table of its own, and the tokens that the decoder will see
+    through the decoder's own head, where each thing should already say the first token of its name.
+    """
     params = {**fixed, **trained}
     seen = {b: patches(params, cfg, b, batch) for b in job.branches}
+    feats = {b: features(params, cfg, b, seen[b]) for b in job.branches}
     total, parts = jnp.float32(0), {}
     if cfg.train.name_weight:
+        p = cfg.model.policy
+        shares = losses.pool_cells(batch.weights, p.patches_per_side, p.merge)
         for b in job.branches:
-            term = losses.name_loss(seen[b], batch.weights, batch.names, params[f"names_{b}"]["names"])
-            total, parts[f"name_{b}"] = total + cfg.train.name_weight * term, term
+            near = losses.name_loss(seen[b], batch.weights, batch.names, params[f"names_{b}"]["names"])
+            said = losses.name_loss(feats[b], shares, batch.words, llm.head(params["llm"]))
+            total, parts[f"name_{b}"] = total + cfg.train.name_weight * (near + said), near
+            parts[f"word_{b}"] = said
     if job.stage0:
         return total, parts
     targets, mask = losses.shift(batch.ids, batch.loss)
-    logits = {b: row_logits(params, cfg, features(params, cfg, b, seen[b]), batch) for b in job.branches}
+    logits = {b: row_logits(params, cfg, feats[b], batch) for b in job.branches}
     for b in job.branches:
         term = losses.mean_where(losses.cross_entropy(logits[b], targets), mask)
         total, parts[f"loss_{b}"] = total + term, term

@@ -33,8 +33,8 @@ class Source(Protocol):
 
 
 class Batch(NamedTuple):
-    """One step's worth. `names` and `weights` are the image-name term's: the class of each thing (-1: none) and the
-    share of its box in each patch."""
+    """One step's worth. `names`, `words` and `weights` are the image-name term's: the class of each thing (-1: none),
+    how its name begins, and the share of its box in each patch."""
 
     tiles: np.ndarray  # u8[B N T T 3]
     mask: np.ndarray  # bool[B N P], patches that touch real pixels
@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # i32[B L]
     segments: np.ndarray  # i32[B L]
     names: np.ndarray  # i32[B K]
+    words: np.ndarray  # i32[B K], the first token of the name
     weights: np.ndarray  # f32[B K N*P]
 
 
@@ -97,7 +98,7 @@ def collate(
     prompts: Sequence[text.Prompt],
     cfg: DataConfig,
     bucket: int,
-    pad_id: int,
+    tokenizer: Tokenizer,
     classes: Sequence[str] = (),
     things: int = 1,
 ) -> Batch:
@@ -106,7 +107,9 @@ def collate(
     tiles = np.zeros((len(screens), n, policy.tile, policy.tile, 3), np.uint8)
     mask = np.zeros((len(screens), n, policy.patches_per_side**2), bool)
     index = {c: i for i, c in enumerate(classes)}
+    first = [tokenizer.encode(c)[0] for c in classes]
     names = np.full((len(screens), things), -1, np.int32)
+    words = names.copy()
     weights = np.zeros((len(screens), things, n * policy.patches_per_side**2), np.float32)
     for b, (screen, p) in enumerate(zip(screens, plans, strict=True)):
         tiles[b, : p.n_tiles] = image.prepare(screen.image, p)
@@ -114,9 +117,11 @@ def collate(
         if classes:
             shown = [s for t in screen.things for s in _shares(t, p, index)][:things]
             for k, (name, share) in enumerate(shown):
-                names[b, k] = name
+                names[b, k], words[b, k] = name, first[name]
                 weights[b, k, : share.size] = share
-    return Batch(tiles, mask, *text.stack(prompts, cfg.lengths[bucket], pad_id), names, weights)
+    return Batch(
+        tiles, mask, *text.stack(prompts, cfg.lengths[bucket], tokenizer.special(text.PAD)), names, words, weights
+    )
 
 
 def batches(
@@ -144,7 +149,7 @@ def batches(
             text.render_questions(p, [(q.text, q.answer) for q in s.questions], tokenizer, text_cfg)
             for s, p in zip(screens, plans, strict=True)
         ]
-        return collate(screens, plans, prompts, cfg, spec.bucket, tokenizer.special(text.PAD), classes, most)
+        return collate(screens, plans, prompts, cfg, spec.bucket, tokenizer, classes, most)
 
     specs = schedule(source.sizes, cfg, policy, seed, steps)[start:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=6)

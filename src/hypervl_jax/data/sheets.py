@@ -35,7 +35,7 @@ def compose(rng: np.random.Generator, assets: Assets, cfg: ScreensConfig, split:
     side = cfg.sheet_side
     canvas = screens._background(rng, side, side)
     across = max(1, round(side / float(np.exp(rng.uniform(*np.log(SLOT))))))
-    edges = np.linspace(0, side, across + 1).round().astype(int)
+    edges = np.linspace(0, side, across + 1).round().astype(int).tolist()
     things = []
     for top, bottom in pairwise(edges):
         for left, right in pairwise(edges):

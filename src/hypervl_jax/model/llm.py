@@ -116,7 +116,11 @@ def embed(params: dict, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     return jnp.take(params["embed"], ids, axis=0, mode="clip")
 
 
+def head(params: dict) -> Float[Array, "V D"]:
+    """The output table: the embedding where they are tied."""
+    return params["head"] if "head" in params else params["embed"]
+
+
 def logits(params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """f32 next-token logits through the (tied) head."""
-    head = params["head"] if "head" in params else params["embed"]
-    return jnp.einsum("...d,vd->...v", hidden, head).astype(jnp.float32)
+    """f32 next-token logits through the head."""
+    return jnp.einsum("...d,vd->...v", hidden, head(params)).astype(jnp.float32)
