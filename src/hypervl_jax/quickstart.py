@@ -6,10 +6,16 @@ Each stage leaves its result in `OUT/stages/NAME.json`; a stage that is there is
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +45,14 @@ class Stages:
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
         path = self.path / f"{name}.json"
         if path.exists():
-            stored = json.loads(path.read_text())
+            stored = _read(path)
             print(f"{name}: done before, in {stored['seconds']:.0f} s")
         else:
             print(f"{name} ...")
             start = time.monotonic()
             result = compute()
             stored = {"seconds": time.monotonic() - start, "result": result}
-            tmp = path.with_suffix(".part")
-            tmp.write_text(json.dumps(stored))
-            os.replace(tmp, path)
+            _write(path, stored)
         self.seconds[name] = stored["seconds"]
         return stored["result"]
 
@@ -68,7 +72,9 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> text.Tokenizer:
     """The tokenizer at `path`, trained on the first screens of `source` where there is none."""
     if not path.exists():
         some = (source[i] for i in range(min(2_000, len(source))))
-        text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(path)
+        part = path.with_suffix(".part")
+        text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(part)
+        os.replace(part, path)
     return text.Tokenizer.load(path)
 
 
@@ -129,9 +135,10 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
     summary["seconds"] = {**stage.seconds, "total": sum(stage.seconds.values())}
     summary["peak_rss_gb"] = bench.peak_rss_gb()
     summary["machine"] = bench.machine()
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
-    report.write(out / "report.html", summary, log, _samples(model, tests, ratios))
+    summary |= _origin()
+    summary = finite(summary)
+    _write(out / "summary.json", summary)
+    report.write(out / "report.html", summary, curves(out / "train" / "log.jsonl"), _samples(model, tests, ratios))
     print(report.terminal_table(summary))
     return summary
 
@@ -159,11 +166,54 @@ def judge(model: Model, branch: config.Branch, shrink: bool, n: int | None, data
     return {"branch": branch, "vrc": shrink, "accuracy": per_task(said), "controls": without_looking(model, tests)}
 
 
+def curves(path: Path) -> list[dict[str, Any]]:
+    """Rows of a training log; a line that an interruption cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def finite(values: Any) -> Any:
+    """The same tree with None for numbers that are not finite, which JSON has no word for."""
+    if isinstance(values, dict):
+        return {k: finite(v) for k, v in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(v) for v in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _origin() -> dict[str, Any]:
+    """What made a summary: versions, the commit where this is a checkout, the command."""
+    found = {"versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+            found |= {"commit": git.stdout.strip()} if git.returncode == 0 else {}
+    return {**found, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def _write(path: Path, values: Any) -> None:
+    """JSON, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1))
+    os.replace(part, path)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise config.ConfigError(f"{path}: damaged ({e}); delete it and run again, it will be computed anew") from e
+
+
 def _same_config(path: Path, cfg: Config) -> None:
     values = config.to_dict(cfg)
     if not path.exists():
-        path.write_text(json.dumps(values, indent=1))
-    elif json.loads(path.read_text()) != values:
+        _write(path, values)
+    elif _read(path) != values:
         raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
 
 
@@ -278,8 +328,8 @@ def savings(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) ->
     return {
         "tokens_saved": float(1 - tokens[0] / tokens[1]),
         "flops_saved": float(1 - flops[0] / flops[1]),
-        "retained": float(mean["with"] / max(mean["without"], 1e-9)),
-        "retained_worst_task": kept.get(worst, 0.0),
+        "retained": float(mean["with"] / mean["without"]) if mean["without"] else float("nan"),
+        "retained_worst_task": kept.get(worst, float("nan")),
         "worst_task": worst,
         "rank_correlation": compress.spearman(*np.array(legible).T) if legible else float("nan"),
         "mean_ratio": float(np.mean(np.concatenate([ratios[s] for s in SPLITS]))),
