@@ -74,6 +74,19 @@ class LabelSet(NamedTuple):
         """bool[N]: pictures with a label."""
         return np.isfinite(self.labels)
 
+    def first(self, n: int) -> LabelSet:
+        """Those of the first n pictures."""
+        return LabelSet(self.ratios, self.losses[:n], self.labels[:n])
+
+    def again(self, cfg: VrcTrainConfig) -> LabelSet:
+        """The labels that the same losses give under the tolerance, floor and rules of `cfg`."""
+        asked = ~np.isnan(self.losses[..., -1])
+        passed = label(np.nan_to_num(self.losses), self.ratios, cfg.tolerance, cfg.floor, cfg.rule)
+        each = np.where(asked, passed, np.nan)
+        some, labels = asked.any(-1), np.full(len(asked), np.nan)
+        labels[some] = (np.nanmax if cfg.reduce == "max" else np.nanmean)(each[some], axis=-1)
+        return self._replace(labels=labels)
+
     def save(self, path: str | Path) -> None:
         """Write an .npz of plain arrays."""
         with open(path, "wb") as file:  # by handle: numpy would append its own suffix to a path
@@ -133,11 +146,7 @@ def label_images(
         with np.errstate(invalid="ignore"):
             needless = unseen + cfg.floor <= 1.1 * (losses[..., -1] + cfg.floor)
         losses[needless] = np.nan
-        asked &= ~needless
-    each = np.where(asked, label(np.nan_to_num(losses), grid, cfg.tolerance, cfg.floor, cfg.rule), np.nan)
-    some, labels = asked.any(-1), np.full(n, np.nan)
-    labels[some] = (np.nanmax if cfg.reduce == "max" else np.nanmean)(each[some], axis=-1)
-    return LabelSet(grid, losses, labels)
+    return LabelSet(grid, losses, np.full(n, np.nan)).again(cfg)
 
 
 def _check_ratios(ratios: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -278,6 +278,14 @@ def accuracy(answers: Iterable[Answer]) -> dict[str, Accuracy]:
     return {task: wilson(sum(h), len(h)) for task, h in sorted(hits.items())}
 
 
+def per_screen(answers: Sequence[Answer], n: int) -> np.ndarray:
+    """f64[n]: the share of right answers about each of n screens; NaN where nothing was asked."""
+    where = np.array([a.screen for a in answers], int)
+    asked = np.bincount(where, minlength=n).astype(float)
+    right = np.bincount(where, weights=[a.correct for a in answers], minlength=n)
+    return np.divide(right, asked, out=np.full(n, np.nan), where=asked > 0)
+
+
 def majority(screens: Iterable[Screen], coords: int) -> dict[str, float]:
     """The accuracy of always giving the one answer that is right most often (for `find`: the best fixed point)."""
     truths: dict[str, list[str]] = defaultdict(list)

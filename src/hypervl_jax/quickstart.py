@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,26 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
 
 def held_out(cfg: Config, data: Path, n: int | None = None) -> dict[str, list[Screen]]:
     """The screens of both test splits (the first `n` of each), built where they are not."""
+    return {s: split(cfg, data, s, n) for s in SPLITS}
+
+
+def split(cfg: Config, data: Path, name: str, n: int | None = None) -> list[Screen]:
+    """The first `n` screens of one split. Where the whole set is not prepared under `data`, only this split is."""
     from hypervl_jax.data import tfds_builders
 
-    built = tfds_builders.build(cfg.data.screens, data)
-    return {s: [built[s][i] for i in range(min(n or len(built[s]), len(built[s])))] for s in SPLITS}
+    try:
+        source = tfds_builders.source(cfg.data.screens, data, name)
+    except FileNotFoundError:
+        sizes = dict.fromkeys(tfds_builders.SETS, 0) | {name: getattr(cfg.data.screens, name)}
+        source = tfds_builders.build(replace(cfg.data.screens, **sizes), data)[name]
+    return [source[i] for i in range(min(n or len(source), len(source)))]
+
+
+def trained_on(model: Model) -> Config:
+    """The config that made a model. Raises `ConfigError` for a model that carries none."""
+    if "config" not in model.info:
+        raise config.ConfigError("this model does not say what it was trained on; take one made by `train`")
+    return config.from_dict(Config, model.info["config"], "info.config")
 
 
 def judge(model: Model, branch: config.Branch, shrink: bool, n: int | None, data: Path) -> dict[str, Any]:
@@ -156,9 +173,7 @@ def judge(model: Model, branch: config.Branch, shrink: bool, n: int | None, data
 
     Raises `ConfigError` for a model that carries no such config.
     """
-    if "config" not in model.info:
-        raise config.ConfigError("this model does not say what it was trained on; eval needs a model made by `train`")
-    tests = held_out(config.from_dict(Config, model.info["config"], "info.config"), data, n)
+    tests = held_out(trained_on(model), data, n)
     said = {
         s: evaluate.run(model, branch, some, evaluate.ratios(model, some) if shrink else None, progress=s)
         for s, some in tests.items()
@@ -225,32 +240,39 @@ def _train(
     return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
 
 
-def _labels(model: Model, cfg: Config, source: pipeline.Source, path: Path) -> dict:
-    """VRC's labels: how far each picture may shrink before the true answers surprise the model."""
-    screens, q = [source[i] for i in range(len(source))], cfg.data.screens.questions
+def label(model: Model, cfg: Config, screens: Sequence[Screen]) -> compress.LabelSet:
+    """How far each picture may shrink before the true answers surprise the model."""
 
     def loss_at(indices: np.ndarray, ratio: float) -> np.ndarray:
         some = [screens[i] for i in indices]
-        return evaluate.answer_losses(model, cfg.vrc.branch, some, [ratio] * len(some), q)
+        return evaluate.answer_losses(model, cfg.vrc.branch, some, [ratio] * len(some), cfg.data.screens.questions)
 
-    found = compress.label_images(len(screens), loss_at, cfg.vrc, batch=256)
+    return compress.label_images(len(screens), loss_at, cfg.vrc, batch=256)
+
+
+def _labels(model: Model, cfg: Config, source: pipeline.Source, path: Path) -> dict:
+    found = label(model, cfg, [source[i] for i in range(len(source))])
     found.save(path)
     kept = found.labels[found.kept]
     return {"labelled": len(kept), "mean": float(kept.mean()), "full_size": float((kept == 1).mean())}
 
 
+def fit_vrc(model: Model, cfg: Config, screens: Sequence[Screen], found: compress.LabelSet) -> tuple[Model, np.ndarray]:
+    """(the model with its VRC trained on these labels of these pictures, the loss of every step)."""
+    how = cfg.model.vrc
+    some = [s for s, kept in zip(screens, found.kept, strict=True) if kept]
+    proxies = np.stack([(image.proxy(s.image, how.side) * 255).round().astype(np.uint8) for s in some])
+    targets = compress.rescale(found.labels[found.kept], [s.image.shape[:2] for s in some], how)
+    key = jax.random.key(cfg.vrc.seed)
+    params, history = compress.train(key, model.params["vrc"], proxies, targets, how, cfg.vrc)
+    return model._replace(params={**model.params, "vrc": params}), history
+
+
 def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_dir: Path) -> dict:
     """Trains VRC on nine tenths of the labels, finds its scale on the rest, and writes the model directory."""
-    found, how = compress.LabelSet.load(path), cfg.model.vrc
-    screens = [source[i] for i in range(len(source))]
-    sizes = np.array([s.image.shape[:2] for s in screens])
+    found, screens = compress.LabelSet.load(path), [source[i] for i in range(len(source))]
     cut = len(screens) * 9 // 10
-    keep = found.kept & (np.arange(len(screens)) < cut)
-    proxies = np.stack([(image.proxy(s.image, how.side) * 255).round().astype(np.uint8) for s in screens])
-    targets = compress.rescale(found.labels[keep], sizes[keep], how)
-    key = jax.random.key(cfg.vrc.seed)
-    params, history = compress.train(key, model.params["vrc"], proxies[keep], targets, how, cfg.vrc)
-    model = model._replace(params={**model.params, "vrc": params})
+    model, history = fit_vrc(model, cfg, screens[:cut], found.first(cut))
     scale = _calibrate(model, cfg, screens[cut:])
     info = {"config": config.to_dict(cfg), "vrc_scale": scale}
     checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, half=True)
@@ -266,8 +288,7 @@ def tables(
     correct = np.zeros_like(tokens)
     for j, r in enumerate(ratios):
         said = evaluate.run(model, branch, screens, [r] * len(screens), progress=f"at {r:.1f}")
-        for i in range(len(screens)):
-            correct[i, j] = np.mean([a.correct for a in said if a.screen == i])
+        correct[:, j] = evaluate.per_screen(said, len(screens))
     return tokens, correct
 
 
