@@ -282,15 +282,23 @@ def tiny() -> Config:
 
 
 def nano() -> Config:
-    """The model whose weights ship: about 3.5 M parameters, screens of up to five tiles."""
+    """The model whose weights ship: about 3 M parameters, 64 things, five tasks, screens of up to seven tiles."""
     model = _model(
-        96, 8, (96, 4, 3), (144, 6, 4),
+        64, 8, (96, 4, 3), (128, 6, 4),
         llm=LlmConfig(vocab=512, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp=384),
-        vrc=VrcConfig(multiplier=0.35, side=192, hidden=128),
-        policy=PlanPolicy(tile=96, patch=8, max_tiles=4, min_side=16),
+        vrc=VrcConfig(multiplier=0.35, side=128, hidden=128),
+        policy=PlanPolicy(tile=64, patch=8, max_tiles=6, min_side=16),
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
-    return Config("nano", model)
+    screens = ScreensConfig(min_side=48, max_side=176, max_area=96 * 128, sheets=12_000, sheet_side=64)
+    return Config(
+        "nano",
+        model,
+        DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(96, 128, 160, 176)),
+        TrainConfig(steps=6_000, stage0_steps=2_500),
+        DclConfig(),
+        VrcTrainConfig(steps=600, batch=32),
+    )
 
 
 def quickstart() -> Config:

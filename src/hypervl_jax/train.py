@@ -102,7 +102,8 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
     """The objective of one job and its parts. Gradients flow into `trained` only.
 
     The image-name term reads twice: patches through a table of its own, and the tokens that the decoder will see
-    through the decoder's own head, where each thing should already say the first token of its name.
+    through the decoder's own head, where each thing should already say the first token of its name. The second teaches
+    the projector alone: tokens are too coarse to teach an encoder small things.
     """
     params = {**fixed, **trained}
     seen = {b: patches(params, cfg, b, batch) for b in job.branches}
@@ -113,7 +114,8 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
         shares = losses.pool_cells(batch.weights, p.patches_per_side, p.merge)
         for b in job.branches:
             near = losses.name_loss(seen[b], batch.weights, batch.names, params[f"names_{b}"]["names"])
-            said = losses.name_loss(feats[b], shares, batch.words, llm.head(params["llm"]))
+            alone = features(params, cfg, b, jax.lax.stop_gradient(seen[b]))
+            said = losses.name_loss(alone, shares, batch.words, llm.head(params["llm"]))
             total, parts[f"name_{b}"] = total + cfg.train.name_weight * (near + said), near
             parts[f"word_{b}"] = said
     if job.stage0:
