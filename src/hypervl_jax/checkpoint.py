@@ -93,7 +93,7 @@ def save_model(
 def find_model(name: Path | str) -> Path:
     """A model directory, by path or by the name of weights that ship. Raises `CheckpointError` with what there is."""
     path = Path(name)
-    for p in (path, path / "model", SHIPPED / str(name)):
+    for p in (path / "model", path, SHIPPED / str(name)):  # a run has a config.json of its own
         if (p / CONFIG).is_file():
             return p
     shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*") if (p / CONFIG).is_file())) or "none"
