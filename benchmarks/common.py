@@ -15,18 +15,26 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 HERE = Path(__file__).parent
 PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert")
 
 
-def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """--quick (about a minute) and --out; a quick run writes beside the full results, never over them."""
+def arguments(
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
+    """--quick (about a minute), --out, and what `more` adds; a quick run writes beside the full results, never over
+    them."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    more(parser)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, about a minute; no committed file changes")
     parser.add_argument("--out", type=Path, help="folder of the results file (default: benchmarks/results)")
     args = parser.parse_args(argv)
@@ -60,8 +68,8 @@ def finish(
     """Writes OUT/TOPIC-MACHINE.json, prints the bars last, returns the exit status: 1 if one falls short."""
     result = {
         "topic": topic,
-        "metrics": metrics,
-        "bars": [{**bar._asdict(), "ok": bar.ok} for bar in bars],
+        "metrics": _finite(metrics),
+        "bars": [_finite({**bar._asdict(), "ok": bar.ok}) for bar in bars],
         "quick": args.quick,
         "seeds": list(seeds),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
@@ -76,6 +84,69 @@ def finish(
     for bar in bars:
         print(bar)
     return int(not all(bar.ok for bar in bars))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every float that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> Interval:
+    """Mean of a - b over screens both were asked about; the screens are the sample."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    half = 1.959964 * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else math.inf
+    return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half))
+
+
+def bootstrap(figure: Callable[[np.ndarray], float], n: int, draws: int = 1000, seed: int = 0) -> Interval:
+    """`figure(indices)` of n screens, and the middle 95 % of it over `draws` samples of n with replacement."""
+    rng = np.random.default_rng(seed)
+    found = [figure(rng.integers(0, n, n)) for _ in range(draws)]
+    return Interval(float(figure(np.arange(n))), *(float(x) for x in np.nanpercentile(found, (2.5, 97.5))))
+
+
+def compile_cache() -> None:
+    """Keeps compiled programs between runs, where the tests and a fresh clone look too."""
+    import jax
+
+    where = os.environ.get("JAX_COMPILATION_CACHE_DIR") or HERE.parent / ".cache" / "jax" / jax.__version__
+    jax.config.update("jax_compilation_cache_dir", str(where))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and --data."""
+    parser.add_argument("--model", help="a model folder (default: the shipped nano, else quickstart/model)")
+    parser.add_argument("--data", type=Path, default=HERE.parent / "runs" / "data", help="where screens are prepared")
+
+
+def load_model(name: str | None) -> tuple[Any, str]:
+    """(the model, where it was found)."""
+    from hypervl_jax import checkpoint
+
+    if name is None:
+        try:
+            name = str(checkpoint.find_model("nano"))
+        except checkpoint.CheckpointError:
+            name = str(HERE.parent / "quickstart")
+    path = checkpoint.find_model(name)
+    return checkpoint.load_model(path), os.path.relpath(path, HERE.parent)
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
