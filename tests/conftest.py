@@ -39,6 +39,7 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_params(tiny_config):
     """Random weights, norms and biases too, so that none of them can be left out unnoticed. No VRC."""
+    import jax.numpy as jnp
     import numpy as np
 
     from hypervl_jax import checkpoint
@@ -55,7 +56,7 @@ def tiny_params(tiny_config):
             return rng.uniform(0.5, 1.5, shape)
         return rng.normal(size=shape) / shape[-1] ** 0.5
 
-    return checkpoint.unflatten({k: draw(k, s).astype(np.float32) for k, s in sorted(shapes.items())})
+    return checkpoint.unflatten({k: jnp.asarray(draw(k, s), jnp.float32) for k, s in sorted(shapes.items())})
 
 
 class Records:

@@ -59,24 +59,38 @@ def answers(run, batch):
     return np.asarray(run(*batch))
 
 
-def test_greedy_equals_a_full_forward_for_every_token(answers, prompts, features, tiny_params, tiny_config, length):
-    """Each row alone, without padding before it, without a cache."""
+def test_greedy_equals_a_full_forward_for_every_token(
+    answers, batch, prompts, features, tiny_params, tiny_config, length
+):
+    """Logits of every step, and the tokens; the full forward sees a row alone, without padding or cache."""
+    cfg = tiny_config.model
 
     @jax.jit
     def next_logits(features, ids, slots, n):
         at = jnp.arange(ids.shape[1])[None]
         row = features, ids, slots, at, jnp.where(at < n, 0, -1)
-        return llm.logits(tiny_params["llm"], hypervl.hidden(tiny_params, tiny_config.model, *row)[0, n - 1])
+        return llm.logits(tiny_params["llm"], hypervl.hidden(tiny_params, cfg, *row)[0, n - 1])
+
+    banned = jnp.zeros(512, bool).at[NEVER].set(True)
+    step = jax.jit(generate.sample_step, static_argnums=(1, 3, 5))
+    state = generate.prefill(tiny_params, cfg, *batch, jax.random.key(0), length + NEW)
+    cached, tokens = [state.logits], []
+    for _ in range(NEW):
+        state, token = step(tiny_params, cfg, state, GREEDY, banned, NEVER)
+        cached.append(state.logits)
+        tokens.append(token)
+    assert answers.tolist() == np.stack(tokens, 1).tolist()
 
     for b, (ids, slots) in enumerate(prompts):
-        row = np.zeros((1, length + NEW), np.int32)
-        at = np.full((1, length + NEW), -1, np.int32)
+        row = np.zeros((1, length + NEW + 1), np.int32)
+        at = np.full((1, length + NEW + 1), -1, np.int32)
         row[0, : len(ids)], at[0, : len(ids)] = ids, slots
-        for n in range(len(ids), len(ids) + NEW):
-            scores = next_logits(features[b : b + 1], jnp.asarray(row), jnp.asarray(at), n)
-            row[0, n] = scores.at[NEVER].set(-jnp.inf).argmax()
+        for k in range(NEW + 1):
+            n = len(ids) + k
+            want = np.asarray(next_logits(features[b : b + 1], jnp.asarray(row), jnp.asarray(at), n))
+            np.testing.assert_allclose(cached[k][b], want, rtol=0, atol=1e-4 * np.abs(want).max())
+            row[0, n] = np.where(banned, -np.inf, want).argmax()
         assert answers[b].tolist() == row[0, len(ids) : len(ids) + NEW].tolist()
-    assert len({tuple(a) for a in answers.tolist()}) == 2
 
 
 @pytest.mark.parametrize("row", [0, 1])
