@@ -115,3 +115,36 @@ def tiny_batches(tiny_config, tiny_source, tiny_tokenizer, tiny_classes):
 
     m, d = tiny_config.model, tiny_config.data
     return list(pipeline.batches(tiny_source, d, m.policy, m.text, tiny_tokenizer, tiny_classes, 0, 6))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config, tiny_params, tiny_tokenizer):
+    """A whole model that knows nothing."""
+    import jax
+
+    from hypervl_jax import config
+    from hypervl_jax.checkpoint import Model
+    from hypervl_jax.model import vrc
+
+    info = {"config": config.to_dict(tiny_config), "vrc_scale": 0.9}
+    net = vrc.init(jax.random.key(0), tiny_config.model.vrc)
+    return Model(tiny_config.model, tiny_params | {"vrc": net}, tiny_tokenizer, info)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory):
+    """The same on disk. Nothing may write to it."""
+    from hypervl_jax import checkpoint
+
+    m = tiny_model
+    return checkpoint.save_model(tmp_path_factory.mktemp("saved") / "model", m.config, m.params, m.tokenizer, m.info)
+
+
+@pytest.fixture(scope="session")
+def tiny_picture(tiny_source, tmp_path_factory):
+    """A screen as a PNG file."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("picture") / "screen.png"
+    Image.fromarray(tiny_source[3].image).save(path)
+    return path

@@ -55,10 +55,10 @@ def answer(model: Model, seen: Seen, question: str, new: int = 32, temperature: 
     length = -(-len(row[0]) // 32) * 32  # few programs: lengths by 32
     ids, slots, pads = generate.pad_left([row], length, tok.special(text.PAD))
     x = hypervl.embed(model.params, jnp.asarray(ids), jnp.asarray(slots), seen.features)
-    end, forbidden = tok.special(text.IM_END), tok.forbidden(cfg.llm.vocab)
-    sampler = generate.Sampler(temperature)
+    end, forbidden = tok.special(text.IM_END), jnp.asarray(tok.forbidden(cfg.llm.vocab))
+    sampler, key = generate.Sampler(temperature), jax.random.key(0)
     out = text.Stream(tok)
-    for token in generate.stream(model.params, cfg, x, pads, forbidden, jax.random.key(0), sampler, end, new):
+    for token in generate.stream(model.params, cfg, x, jnp.asarray(pads), forbidden, key, sampler, end, new):
         piece = out.push(token)
         if piece:
             yield piece

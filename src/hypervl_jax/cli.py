@@ -322,7 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as e:
         if debug:
             raise
-        sys.exit("hypervl: " + " ".join(_line(e).split()))
+        print("hypervl: " + " ".join(_line(e).split()), file=sys.stderr)
+        sys.exit(1)
 
 
 def _line(e: Exception) -> str:
@@ -338,11 +339,12 @@ def _line(e: Exception) -> str:
 
 
 def _keep_compiled() -> None:
-    """Compiled programs are kept between calls."""
+    """Compiled programs are kept between calls, unless the environment says where and which."""
     import jax
 
-    where = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "hypervl_jax" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(where))
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypervl_jax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

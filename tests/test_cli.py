@@ -1,0 +1,446 @@
+"""The command as a user meets it. In process where that shows the same: a new interpreter costs seconds."""
+
+import hashlib
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+from PIL import Image
+
+from hypervl_jax import cli, config
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail; returns its one line."""
+
+    def run(*argv, code=1):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(a) for a in argv])
+        assert stopped.value.code == code
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("hypervl: ")
+        assert said.err.count("\n") == 1
+        return said.err
+
+    return run
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_teaches(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert f"For example: │ │ hypervl {verb} " in said or f"For example: hypervl {verb} " in said
+    assert "default" in said
+
+
+def test_help_is_what_no_arguments_give(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(verb in said for verb in cli.VERBS)
+    assert "--debug" in said
+
+
+def test_version(capsys):
+    from hypervl_jax import __version__
+
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"hypervl {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["aks"], ["ask"], ["ask", "a.png", "b", "--branch", "medium"], ["eval", "--nope"]])
+def test_what_cannot_be_parsed_names_the_choices(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--help" in said.err
+
+
+# --- ask -------------------------------------------------------------------------------------------------------------
+
+
+def test_ask_answers_on_stdout_and_says_on_stderr_how_it_saw(tiny_folder, tiny_picture, tiny_model, capsys):
+    from hypervl_jax import evaluate, image
+
+    cli.main(["ask", str(tiny_picture), "what is this?", "--model", str(tiny_folder), "--no-vrc", "--max-tokens", "8"])
+    said = capsys.readouterr()
+    pixels = image.load(tiny_picture)
+    [(want,)] = evaluate.answer(tiny_model, "base", [evaluate.Job(pixels, 1.0, ("what is this?",))])
+    assert said.out.strip() == want
+    assert f"base: {pixels.shape[1]} x {pixels.shape[0]} px at ratio 1.00" in said.err
+
+
+def test_ask_says_where_in_pixels(tiny_folder, tiny_picture, monkeypatch, capsys):
+    from hypervl_jax import ask
+
+    monkeypatch.setattr(ask, "see", lambda model, pixels, branch, vrc: ask.Seen(plan_of(pixels, model), None))
+    monkeypatch.setattr(ask, "answer", lambda *_: iter(["5", "0 ", "99"]))
+    cli.main(["ask", str(tiny_picture), "where is it?", "--model", str(tiny_folder)])
+    w, h = Image.open(tiny_picture).size
+    said = capsys.readouterr()
+    assert said.out == "50 99\n"
+    assert f"point x {0.505 * w:.0f}, y {0.995 * h:.0f} of {w} x {h} pixels" in said.err
+
+
+def plan_of(pixels, model):
+    from hypervl_jax import plan
+
+    return plan.make(pixels.shape[:2], 1.0, model.config.policy)
+
+
+def bomb():
+    """A PNG of a few bytes that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+def truncated():
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    return file.getvalue()[:1000]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "no such file"),
+        (b"", "empty"),
+        (b"hello, world", "not a picture"),
+        (bomb(), "pixels"),
+        (truncated(), "damaged"),
+    ],
+)
+def test_ask_refuses_what_is_no_picture(content, why, tmp_path, tiny_folder, fails):
+    path = tmp_path / "picture.png"
+    if content is not None:
+        path.write_bytes(content)
+    said = fails("ask", path, "what is this?", "--model", tiny_folder)
+    assert str(path) in said
+    assert why in said
+
+
+def test_ask_refuses_a_folder(tmp_path, tiny_folder, fails):
+    assert f"{tmp_path}: not a file but a folder" in fails("ask", tmp_path, "what is this?", "--model", tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "0.5", "--runtime", "litert"], "greedily"),
+        (["--max-tokens", "0"], "--max-tokens 0: choose 1 to"),
+        (["--max-tokens", "1000000"], "choose 1 to"),
+        (["--model", ""], "--model is empty"),
+        (["--model", "/no/such/folder"], "/no/such/folder: does not exist"),
+        (["--model", "/no/such/folder", "--runtime", "litert"], "hypervl export MODEL --out FOLDER"),
+    ],
+)
+def test_ask_refuses_arguments_that_cannot_be(extra, why, tiny_picture, fails):
+    assert why in fails("ask", tiny_picture, "what is this?", *extra)
+
+
+def test_ask_refuses_an_empty_question(tiny_picture, fails):
+    assert "the question is empty" in fails("ask", tiny_picture, " ")
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_shipped_weights_it_says_how_to_make_some(tiny_picture, tmp_path, monkeypatch, fails):
+    from hypervl_jax import checkpoint
+
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    said = fails("ask", tiny_picture, "what is this?")
+    assert "make quickstart" in said
+    assert "--model quickstart/model" in said
+
+
+def test_shipped_weights_are_found_by_name(tiny_folder, tmp_path, monkeypatch):
+    from hypervl_jax import checkpoint
+
+    shutil.copytree(tiny_folder, tmp_path / "nano")
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert cli._load("nano").config == config.tiny().model
+
+
+def test_the_folder_of_a_run_is_its_model(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "config.json").write_text("{}")  # that of the run
+    assert cli._load(str(tmp_path)).config == config.tiny().model
+
+
+def damage(folder, name, how):
+    path = folder / name
+    path.write_bytes(how(path.read_bytes()))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "how", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * 64], ids=["cut", "empty", "junk"]
+)
+@pytest.mark.parametrize("verb", ["ask", "eval", "export"])
+def test_a_damaged_model_is_named(verb, name, how, tiny_folder, tiny_picture, tmp_path, fails):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    damage(folder, name, how)
+    before = snapshot(tmp_path)
+    argv = {
+        "ask": ["ask", tiny_picture, "what?", "--model", folder],
+        "eval": ["eval", "--model", folder, "--data", tmp_path / "data"],
+        "export": ["export", folder, "--out", tmp_path / "out"],
+    }[verb]
+    assert str(folder / name) in fails(*argv)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.fixture
+def exported(tiny_config, tiny_tokenizer, tmp_path):
+    """A folder whose manifest is in order; what it calls a part is none."""
+    from hypervl_jax.export import manifest
+
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    tiny_tokenizer.save(folder / "tokenizer.json")
+    (folder / "vrc.tflite").write_bytes(bytes(1000))
+
+    def file(name):
+        data = (folder / name).read_bytes()
+        return manifest.File(name, hashlib.sha256(data).hexdigest(), len(data))
+
+    part = manifest.Part("vrc", file("vrc.tflite"), (), ())
+    model = tiny_config.model
+    what = manifest.Manifest(model, model.policy.tokens_per_tile, file("tokenizer.json"), (part,), "")
+    manifest.write(folder, what)
+    return folder
+
+
+def test_a_truncated_tflite_file_is_named(exported, tiny_picture, fails):
+    damage(exported, "vrc.tflite", lambda b: b[:500])
+    said = fails("ask", tiny_picture, "what?", "--runtime", "litert", "--model", exported)
+    assert f"{exported / 'vrc.tflite'}: 500 bytes instead of 1000" in said
+    assert "export again" in said
+
+
+def test_a_broken_manifest_is_named(exported, tiny_picture, fails):
+    damage(exported, "manifest.json", lambda b: b[:99])
+    said = fails("ask", tiny_picture, "what?", "--runtime", "litert", "--model", exported)
+    assert str(exported / "manifest.json") in said
+
+
+def test_exported_files_are_not_a_model(exported, tiny_picture, fails):
+    assert "--runtime litert" in fails("ask", tiny_picture, "what?", "--model", exported)
+
+
+# --- configs and runs ------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_preset_gets_a_hint(tmp_path, fails):
+    assert "did you mean 'quickstart'?" in fails("train", "quikstart", "--out", tmp_path / "out")
+    assert "choose one of tiny" in fails("quickstart", "--config", "large", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "no such file"),
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("def get_config(): return unknown", "NameError"),
+        ("def get_config(): return {}", "must return a Config, not dict"),
+        (
+            "from hypervl_jax.config import *\ndef get_config(): return PlanPolicy(tile=33)",
+            "tile 33 must be a multiple",
+        ),
+    ],
+)
+def test_a_config_file_that_is_none(text, why, tmp_path, fails):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    said = fails("train", path, "--out", tmp_path / "out")
+    assert str(path) in said
+    assert why in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_is_a_folder_or_no_python(tmp_path, fails):
+    assert "is a folder" in fails("train", tmp_path, "--out", tmp_path / "out")
+    (tmp_path / "config.json").write_text("{}")
+    assert "Python file" in fails("train", tmp_path / "config.json", "--out", tmp_path / "out")
+
+
+def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
+    """`hypervl quickstart` makes a folder of that name, and must still find its preset."""
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_config("quickstart") == config.quickstart()
+
+
+def test_a_config_file_and_its_steps(tmp_path):
+    (tmp_path / "mine.py").write_text("from hypervl_jax.config import quickstart as get_config")
+    assert cli.load_config(str(tmp_path / "mine.py")) == config.quickstart()
+    few = cli.load_config("quickstart", 240).train
+    assert (few.steps, few.stage0_steps) == (240, 100)
+    many = cli.load_config("quickstart", 24_000).train
+    assert (many.steps, many.stage0_steps) == (24_000, config.quickstart().train.stage0_steps)
+
+
+def test_steps_and_screens_must_be_some(tmp_path, tiny_folder, fails):
+    assert "--steps 0: at least 1" in fails("train", "tiny", "--out", tmp_path / "out", "--steps", 0)
+    assert "--screens 0: at least 1" in fails("eval", "--model", tiny_folder, "--screens", 0)
+
+
+def test_a_run_with_other_settings_is_left_alone(tmp_path, fails):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(config.nano())))
+    before = snapshot(tmp_path)
+    for argv in (["train", "tiny", "--out", tmp_path], ["quickstart", "--config", "tiny", "--out", tmp_path]):
+        said = fails(*argv)
+        assert str(tmp_path) in said
+        assert "another --out" in said
+    assert snapshot(tmp_path) == before
+
+
+def test_out_may_not_be_a_file(tmp_path, fails):
+    path = tmp_path / "out"
+    path.write_text("mine")
+    assert f"{path}: a file is there" in fails("train", "tiny", "--out", path)
+    assert path.read_text() == "mine"
+
+
+def test_export_leaves_a_folder_that_is_not_its_own(tiny_folder, tmp_path, fails):
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert f"{tmp_path}: exists and is not an exported model" in fails("export", tiny_folder, "--out", tmp_path)
+    assert f"{tiny_folder}: exists" in fails("export", tiny_folder, "--out", tiny_folder)
+    assert snapshot(tmp_path) == {p.relative_to(tmp_path): b"mine" for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("argv", "gone", "extra"),
+    [
+        (["train", "tiny", "--out", "out"], "grain", "train"),
+        (["quickstart", "--config", "tiny", "--out", "out"], "tensorflow_datasets", "train"),
+        (["eval"], "array_record", "train"),
+        (["export", "model", "--out", "out"], "litert_converter", "export"),
+    ],
+)
+def test_a_missing_extra_is_told_before_work(argv, gone, extra, tmp_path, monkeypatch, fails):
+    find = cli.importlib.util.find_spec
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == gone else find(name))
+    said = fails(*argv)
+    assert f"{gone} is not installed" in said
+    assert f"[{extra}]" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_makes_a_model_and_says_what_next(tmp_path, monkeypatch, capsys):
+    from hypervl_jax import quickstart
+
+    seen = []
+    monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
+    cli.main(["train", "tiny", "--out", str(tmp_path), "--steps", "4"])
+    assert seen == [(config.tiny(), tmp_path)]
+    said = capsys.readouterr().out
+    assert all(f"hypervl {verb}" in said for verb in ("ask", "eval", "export"))
+
+
+def test_quickstart_runs_the_recipe(tmp_path, monkeypatch, capsys):
+    from hypervl_jax import quickstart
+
+    seen = []
+    monkeypatch.setattr(quickstart, "run", lambda *a: seen.append(a))
+    cli.main(["quickstart", "--config", "tiny", "--out", str(tmp_path)])
+    assert seen == [(config.tiny(), tmp_path)]
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+
+
+def test_eval_prints_json(tiny_folder, tmp_path, capsys):
+    cli.main(["eval", "--model", str(tiny_folder), "--screens", "4", "--data", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) >= {"branch", "vrc", "accuracy", "controls"}
+    assert {"name_known", "name_unseen"} <= set(found["accuracy"])
+    assert all(0 <= a["low"] <= a["mean"] <= a["high"] <= 1 for a in found["accuracy"].values())
+
+
+# --- what goes wrong elsewhere ---------------------------------------------------------------------------------------
+
+
+def test_an_error_nobody_expected_is_one_line_with_the_way_to_more(tiny_picture, monkeypatch, fails):
+    from hypervl_jax import image
+
+    def burst(_):
+        raise RuntimeError("INTERNAL: RET_CHECK failure\nmany\nlines")
+
+    monkeypatch.setattr(image, "load", burst)
+    said = fails("ask", tiny_picture, "what?")
+    assert "RuntimeError: INTERNAL: RET_CHECK failure" in said
+    assert "--debug" in said
+    with pytest.raises(RuntimeError, match="RET_CHECK"):
+        cli.main(["ask", str(tiny_picture), "what?", "--debug"])
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch, fails):
+    from hypervl_jax import quickstart
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "model"))
+
+    monkeypatch.setattr(quickstart, "make_model", full)
+    said = fails("train", "tiny", "--out", tmp_path)
+    assert said == f"hypervl: {tmp_path / 'model'}: No space left on device\n"
+
+
+def test_interrupted_says_that_work_is_kept(tmp_path, monkeypatch, capsys):
+    from hypervl_jax import quickstart
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "make_model", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "tiny", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_in_an_interpreter_of_its_own(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "hypervl_jax.cli", "ask", str(tmp_path / "no.png"), "what?"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert found.stderr.startswith(f"hypervl: {tmp_path / 'no.png'}: no such file")
+
+
+def test_starting_does_not_wait_for_jax():
+    code = "import sys, hypervl_jax.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
