@@ -49,12 +49,12 @@ def ragged(cfg, tiny_source, tiny_tokenizer, tiny_classes):
 
 @pytest.fixture(scope="module")
 def even(ragged):
-    """The same screens with the same count in every row: answers cut to the shortest, one thing each."""
-    least = int(ragged.loss.sum(1).min())
-    loss = ragged.loss & (jnp.cumsum(ragged.loss, 1) <= least)
-    names = jnp.where(jnp.arange(ragged.names.shape[1]) == 0, jnp.maximum(ragged.names, 0), -1)
-    assert least > 1
-    return ragged._replace(loss=loss, names=names)
+    """The same screens with the same count in every row: one answer and one thing each."""
+    loss = ragged.loss & (ragged.segments == 1)
+    first = jnp.arange(ragged.names.shape[1]) == 0
+    names, words = (jnp.where(first, jnp.maximum(x, 0), -1) for x in (ragged.names, ragged.words))
+    assert loss.any(1).all()
+    return ragged._replace(loss=loss, names=names, words=words)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_jit_over_a_sharded_batch(gradients, params, even, ragged, expected, mes
     got = jitted(everywhere, jax.device_put(even, rows))
     assert len({s.device for s in jax.tree.leaves(got)[0].addressable_shards}) == DEVICES
     close(got, expected)
-    assert len(set(np.asarray(ragged.loss.sum(1)).tolist())) > 1
+    assert len(set(np.asarray(ragged.segments.max(1)).tolist())) > 1
     close(jitted(everywhere, jax.device_put(ragged, rows)), gradients(params, ragged))
 
 

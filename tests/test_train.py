@@ -98,6 +98,8 @@ def test_two_steps_saved_and_two_resumed_are_four_bit_for_bit(whole, run, cfg, t
         with pytest.raises(PowerCut):
             run(tmp_path)
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() == 2
+    with (tmp_path / "log.jsonl").open("a") as f:  # of a step that is not in the checkpoint, and of one cut short
+        f.write('{"step": 2, "loss_base": 1.0}\n{"step": 3, "lo')
     state = run(tmp_path)
     assert int(state.step) == 4
     assert equal(state, whole[1])

@@ -7,16 +7,26 @@ import jax.numpy as jnp
 from einops import reduce
 from jaxtyping import Array, Bool, Float, Int
 
+Weights = Bool[Array, "..."] | Float[Array, "..."]
 
-def mean_where(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Mean of `values` where `mask`; 0 where it is empty."""
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+def mean_where(values: Float[Array, "..."], weights: Weights) -> Float[Array, ""]:
+    """Mean of `values` by `weights` (a mask weighs alike what it shows); 0 where nothing weighs."""
+    w = weights.astype(jnp.float32)
+    return jnp.where(w > 0, values * w, 0).sum() / jnp.maximum(w.sum(), 1e-9)
 
 
 def shift(ids: Int[Array, "B L"], loss: Bool[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """What each position has to predict, and whether that counts. An answer is always continued by its own next token,
     so the next index is the next token also where several questions share a row."""
     return jnp.roll(ids, -1, 1), jnp.roll(loss, -1, 1).at[:, -1].set(False)
+
+
+def answer_weights(mask: Bool[Array, "B L"], segments: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """1 / length of its answer at each supervised position, so that every answer weighs alike: a point is six tokens of
+    which most are noise, a name two."""
+    same = mask[:, None] & (segments[:, None] == segments[:, :, None])
+    return jnp.where(mask, 1 / jnp.maximum(same.sum(-1), 1), 0.0)
 
 
 def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -27,13 +37,13 @@ def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> 
 
 
 def dcl_kl(
-    teacher: Float[Array, "B L V"], student: Float[Array, "B L V"], mask: Bool[Array, "B L"], temperature: float
+    teacher: Float[Array, "B L V"], student: Float[Array, "B L V"], weights: Weights, temperature: float
 ) -> Float[Array, ""]:
-    """tau^2 mean over answer positions of KL(softmax(teacher / tau) || softmax(student / tau)), no gradient into the
-    teacher (HyperVL 3.3; Hinton et al. for tau^2)."""
+    """tau^2 mean by `weights` over answer positions of KL(softmax(teacher / tau) || softmax(student / tau)), without
+    gradient into the teacher (HyperVL 3.3; Hinton et al. for tau^2)."""
     t = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     s = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    return temperature**2 * mean_where((jnp.exp(t) * (t - s)).sum(-1), mask)
+    return temperature**2 * mean_where((jnp.exp(t) * (t - s)).sum(-1), weights)
 
 
 def pool_cells(weights: Float[Array, "B K N*P"], side: int, merge: int) -> Float[Array, "B K N*M"]:

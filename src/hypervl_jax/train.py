@@ -121,15 +121,16 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
     if job.stage0:
         return total, parts
     targets, mask = losses.shift(batch.ids, batch.loss)
+    weights = losses.answer_weights(mask, jnp.roll(batch.segments, -1, 1))
     logits = {b: row_logits(params, cfg, feats[b], batch) for b in job.branches}
     for b in job.branches:
-        term = losses.mean_where(losses.cross_entropy(logits[b], targets), mask)
+        term = losses.mean_where(losses.cross_entropy(logits[b], targets), weights)
         total, parts[f"loss_{b}"] = total + term, term
     if "base" in job.branches and cfg.dcl.weight:
         if "large" not in logits:
             teacher = features(params, cfg, "large", patches(params, cfg, "large", batch))
             logits["large"] = row_logits(params, cfg, teacher, batch)
-        kl = losses.dcl_kl(logits["large"], logits["base"], mask, cfg.dcl.temperature)
+        kl = losses.dcl_kl(logits["large"], logits["base"], weights, cfg.dcl.temperature)
         total, parts["kl"] = total + cfg.dcl.weight * kl, kl
     return total, parts
 
@@ -190,6 +191,7 @@ def run(
     feed = _feed(cfg, source, sheets, tokenizer, classes, start)
     bar = tqdm(total=steps, initial=start, desc="train", disable=not progress, smoothing=0.05)
     shown: dict[str, float] = {}
+    _trim(out / "log.jsonl", start)
     with (out / "log.jsonl").open("a") as log:
         try:
             for step, batch in enumerate(feed, start):
@@ -204,6 +206,7 @@ def run(
                     log.flush()
                     bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
                 if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps:
+                    log.flush()
                     ckpts.save(step + 1, state)
         finally:
             bar.close()
@@ -232,6 +235,21 @@ def restore(cfg: Config, out: Path | str, classes: int) -> State:
         return ckpts.restore(jax.eval_shape(lambda: init_state(cfg, classes)))
     finally:
         ckpts.close()
+
+
+def _trim(log: Path, start: int) -> None:
+    """Takes out of a log what came after the checkpoint a run resumes from, and a line that was cut short."""
+
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] < start
+        except ValueError:
+            return False
+
+    if log.exists():
+        kept = log.with_suffix(".part")
+        kept.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
+        kept.replace(log)
 
 
 def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
