@@ -60,7 +60,7 @@ def tiny_params(tiny_config):
 
 
 class Records:
-    """A `pipeline.Source` in memory: the first screens or sheets of the training split, as the builder composes them."""
+    """A `pipeline.Source` in memory: the first screens or sheets of the training split, as the builder makes them."""
 
     def __init__(self, composer, cfg, count):
         import numpy as np

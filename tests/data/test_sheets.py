@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from hypervl_jax.config import nano, quickstart
 from hypervl_jax.data import sheets
 from hypervl_jax.data.assets import Assets
