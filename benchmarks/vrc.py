@@ -1,0 +1,222 @@
+"""The Visual Resolution Compressor on held-out screens: what it saves, what it keeps, what it follows (HyperVL 3.2).
+
+  saved, retained   tokens the decoder does not see and accuracy kept (mean over tasks), at the scale the model carries,
+                    with a 95 % interval over screens (the same screens answered with VRC and without)
+  over the scale    the same for predicted ratios times a factor, from answers at every ratio of the grid; beside it the
+                    best picture-blind policy of equal cost, any mixture of constant ratios
+  over the tolerance  labels of the held-out screens themselves, from the model's own losses on their true answers: what
+                    a perfect VRC would do (an oracle); with --retrain also a VRC trained anew on the stored labels read
+                    under that tolerance, at its raw predictions
+  rank correlation  of the predicted ratio with what must stay legible: 1 / digit height^2 where there is a number,
+                    1 / size^2 of the smallest picture asked about where there are only pictures
+  overhead          multiply-adds of VRC over those of the encoder it relieves
+
+Tokens are all that the decoder sees of a picture: tiles, thumbnail, markers. Answers come from the branch that made the
+labels. `--quick` takes 60 screens of each split and fewer ratios.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from common import Bar, Interval, arguments, bootstrap, compile_cache, finish, load_model, model_options
+
+from hypervl_jax import compress, config, evaluate, plan, quickstart
+from hypervl_jax.checkpoint import Model
+from hypervl_jax.compress import Saving
+from hypervl_jax.config import BRANCHES, Config
+from hypervl_jax.data.screens import Screen
+from hypervl_jax.evaluate import Answer
+from hypervl_jax.model import vrc
+
+TOLERANCES = (1.02, 1.05, 1.1, 1.2)
+FACTORS = tuple(float(f) for f in np.geomspace(0.25, 4, 9))
+PHONE = (2400, 1080)  # pixels, (height, width)
+
+
+def hits(answers: Sequence[Answer], n: int, known: int) -> tuple[np.ndarray, np.ndarray]:
+    """(right, asked) f64[n groups]: counts of each screen; a group is a task on known or on unseen art."""
+    tasks = sorted({a.task for a in answers})
+    right, asked = np.zeros((2, n, 2 * len(tasks)))
+    for a in answers:
+        group = 2 * tasks.index(a.task) + (a.screen >= known)
+        right[a.screen, group] += a.correct
+        asked[a.screen, group] += 1
+    return right, asked
+
+
+def retained(with_vrc: np.ndarray, without: np.ndarray, asked: np.ndarray) -> float:
+    """Mean accuracy over groups with VRC, over that without; from counts [n groups]."""
+    total = np.maximum(asked.sum(0), 1)
+    return float((with_vrc.sum(0) / total).sum() / (without.sum(0) / total).sum())
+
+
+def legible(screens: Sequence[Screen]) -> tuple[np.ndarray, np.ndarray]:
+    """(1 / digit height^2, 1 / size^2 of the smallest picture asked about) f64[n]: how much resolution a screen needs,
+    up to a factor; NaN where it has no number, or not only pictures that are asked about."""
+    number, picture = np.full((2, len(screens)), np.nan)
+    for i, s in enumerate(screens):
+        sizes = [max(q.box[2] - q.box[0], q.box[3] - q.box[1]) for q in s.questions if q.box is not None]
+        if s.digit_height:
+            number[i] = s.digit_height**-2
+        elif sizes:
+            picture[i] = min(sizes) ** -2.0
+    return number, picture
+
+
+def follows(ratios: np.ndarray, need: np.ndarray) -> float:
+    """Rank correlation over the screens that have a need."""
+    some = np.isfinite(need)
+    return compress.spearman(ratios[some], need[some]) if some.sum() > 1 else float("nan")
+
+
+def quarters(ratios: np.ndarray, need: np.ndarray) -> list[dict[str, float]]:
+    """Mean ratio of the quarter of screens that needs least resolution, and so on."""
+    some = np.flatnonzero(np.isfinite(need))
+    parts = np.array_split(some[np.argsort(need[some], kind="stable")], 4)
+    sizes = [
+        (float(need[p].max() ** -0.5), float(need[p].min() ** -0.5), float(ratios[p].mean())) for p in parts if len(p)
+    ]
+    return [{"from_px": a, "to_px": b, "mean_ratio": r} for a, b, r in sizes]
+
+
+class Tables(NamedTuple):
+    """Screens at every ratio of a grid: cost and worth of each f64[n R], and what VRC predicted f64[n]."""
+
+    predicted: np.ndarray
+    ratios: tuple[float, ...]
+    tokens: np.ndarray
+    correct: np.ndarray
+
+    def at(self, ratios: np.ndarray, some: np.ndarray | slice = slice(None)) -> Saving:
+        return compress.saving_retention(ratios[some], self.ratios, self.tokens[some], self.correct[some])
+
+    def edge(self) -> Interval:
+        """Accuracy retained above what the best constant policy of equal cost retains."""
+
+        def figure(some: np.ndarray) -> float:
+            found = self.at(self.predicted, some)
+            return found.retained - found.constant
+
+        return bootstrap(figure, len(self.predicted), 400)
+
+
+def overhead(model: Model, screens: Sequence[Screen]) -> dict[str, float]:
+    """Multiply-adds of VRC over those of each encoder, on these screens and, by arithmetic, at the paper's sizes."""
+    cfg, big = model.config, config.preset("hypervl_1p7b").model
+    plans = [plan.make(s.image.shape[:2], 1.0, cfg.policy) for s in screens]
+    flops = {b: np.mean([p.vit_flops(cfg.vit(b)) for p in plans]) for b in BRANCHES}
+    phone = plan.make(PHONE, 1.0, big.policy).vit_flops(big.base)
+    return {b: float(2 * vrc.macs(cfg.vrc) / flops[b]) for b in BRANCHES} | {"paper": 2 * vrc.macs(big.vrc) / phone}
+
+
+def retrain(model: Model, cfg: Config, labels: Path, data: Path, held: Sequence[Screen]) -> dict[float, np.ndarray]:
+    """What a VRC trained on the stored labels under each tolerance predicts for held-out screens, unscaled."""
+    found, out = compress.LabelSet.load(labels), {}
+    screens = quickstart.split(cfg, data, "label", len(found.labels))
+    fresh = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc)
+    for tolerance in TOLERANCES:
+        how = replace(cfg, vrc=replace(cfg.vrc, tolerance=tolerance))
+        start = model._replace(params={**model.params, "vrc": fresh}, info={})
+        out[tolerance] = evaluate.ratios(quickstart.fit_vrc(start, how, screens, found.again(how.vrc))[0], held)
+    return out
+
+
+def show(title: str, rows: dict[str, Saving]) -> dict[str, dict[str, float]]:
+    print(f"\n{title:28}{'saved':>10}{'retained':>10}{'constant':>10}")
+    for name, s in rows.items():
+        print(f"{name:28}{s.saved:>10.3f}{s.retained:>10.3f}{s.constant:>10.3f}", flush=True)
+    return {name: s._asdict() for name, s in rows.items()}
+
+
+def bought(model: Model, screens: list[Screen], known: int, predicted: np.ndarray) -> tuple[Interval, Interval, dict]:
+    """(tokens saved, accuracy retained, retained of each task on known and on unseen art) at the predicted ratios."""
+    branch = quickstart.trained_on(model).vrc.branch
+    ways = {"full size": None, "VRC": predicted}
+    said = [evaluate.run(model, branch, screens, ratios, progress=way) for way, ratios in ways.items()]
+    (right, asked), (kept, _) = (hits(answers, len(screens), known) for answers in said)
+    held = bootstrap(lambda i: retained(kept[i], right[i], asked[i]), len(screens))
+    pairs = zip(screens, predicted, strict=True)
+    cost = np.array([[quickstart.cost(s, ratio, model) for ratio in (r, 1.0)] for s, r in pairs])
+    saved = bootstrap(lambda i: 1 - cost[i, 0].sum() / cost[i, 1].sum(), len(screens))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = (kept.sum(0) / right.sum(0)).reshape(-1, 2).tolist()
+    tasks = dict(zip(sorted({a.task for a in said[0]}), each, strict=True))
+    print(f"tokens saved {saved}, accuracy retained {held}; of each task on known, unseen art:")
+    print("  ".join(f"{task} {a:.3f}, {b:.3f}" for task, (a, b) in tasks.items()))
+    return saved, held, tasks
+
+
+def options(parser: ArgumentParser) -> None:
+    model_options(parser)
+    parser.add_argument("--table", type=int, default=500, help="screens of each split answered at every ratio")
+    parser.add_argument("--retrain", type=Path, metavar="LABELS", help="labels.npz of the run: train VRC per tolerance")
+
+
+def main() -> int:
+    args = arguments(__doc__, more=options)
+    compile_cache()
+    model, where = load_model(args.model)
+    cfg = quickstart.trained_on(model)
+    grid = (0.1, 0.4, 0.7, 1.0) if args.quick else cfg.vrc.ratios
+    tests = quickstart.held_out(cfg, args.data, 60 if args.quick else None)
+    known, screens = len(tests[quickstart.SPLITS[0]]), [s for split in quickstart.SPLITS for s in tests[split]]
+    print(f"{where}: {len(screens)} held-out screens, branch {cfg.vrc.branch}", flush=True)
+    predicted = evaluate.ratios(model, screens)
+    saved, held, tasks = bought(model, screens, known, predicted)
+
+    n = min(args.table, known, len(screens) - known)
+    some = np.r_[:n, known : known + n]
+    subset = [screens[i] for i in some]
+    tables = Tables(predicted[some], grid, *quickstart.tables(model, cfg.vrc.branch, subset, grid))
+    losses = quickstart.label(model, replace(cfg, vrc=replace(cfg.vrc, ratios=grid)), subset)
+    oracle = {t: losses.again(replace(cfg.vrc, tolerance=t)).labels for t in TOLERANCES}
+    factors = {f"{f:.2f}": np.minimum(f * tables.predicted, 1.0) for f in FACTORS}
+    curves = {
+        "scale": show(f"scale, {len(some)} screens", {f: tables.at(r) for f, r in factors.items()}),
+        "tolerance_oracle": show("tolerance, oracle", {str(t): tables.at(r) for t, r in oracle.items()}),
+        "constant": show("ratio, the same for all", {str(r): tables.at(np.full(len(some), r)) for r in grid}),
+    }
+    if args.retrain:
+        again = retrain(model, cfg, args.retrain, args.data, subset)
+        curves["tolerance"] = show("tolerance, retrained", {str(t): tables.at(r) for t, r in again.items()})
+    edge = tables.edge()
+    print(f"\nretained above the best constant policy of equal cost: {edge}")
+
+    number, picture = legible(screens)
+    ranks = {
+        "number": follows(predicted, number),
+        "picture": follows(predicted, picture),
+        **{f"number_oracle_{t}": follows(r, number[some]) for t, r in oracle.items()},
+    }
+    print("rank correlation with the legible scale: " + ", ".join(f"{k} {v:.3f}" for k, v in ranks.items()))
+    by_size = {"number": quarters(predicted, number), "picture": quarters(predicted, picture)}
+    for kind, rows in by_size.items():
+        line = ", ".join(f"{r['from_px']:.0f}-{r['to_px']:.0f} px {r['mean_ratio']:.2f}" for r in rows)
+        print(f"mean ratio by size of the {kind}: {line}")
+    share = overhead(model, screens)
+    print("VRC over encoder, multiply-adds: " + ", ".join(f"{k} {v:.2%}" for k, v in share.items()))
+
+    bars = [
+        Bar("vrc.tokens_saved", saved.mean, 0.2),
+        Bar("vrc.retained", held.mean, 0.987),
+        Bar("vrc.beats_constant_bound", edge.low, 0.0),
+        Bar("vrc.rank_correlation", ranks["number"], 0.7),
+    ]
+    metrics = {
+        "model": where, "screens": len(screens), "table_screens": len(some), "scale": model.info.get("vrc_scale", 1.0),
+        "tokens_saved": saved._asdict(), "retained": held._asdict(), "retained_tasks": tasks, "curves": curves,
+        "above_constant": edge._asdict(), "rank_correlation": ranks, "ratio_by_size": by_size, "overhead": share,
+    }  # fmt: skip
+    return finish("vrc", metrics, bars, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""The arithmetic of `benchmarks/`: intervals, and what dcl.py, vrc.py and nano.py make of answers. No model runs."""
+
+import importlib.util
+import json
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hypervl_jax import train
+from hypervl_jax.config import BRANCHES
+from hypervl_jax.data.screens import Question, Screen
+from hypervl_jax.evaluate import Answer
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Imports a script of `benchmarks/` the way running it does: with its folder on the path."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    sys.path.insert(0, str(FOLDER))
+    yield load
+    sys.path.remove(str(FOLDER))
+    for name in ("common", "dcl", "vrc", "nano"):
+        sys.modules.pop(name, None)
+
+
+# --- common ----------------------------------------------------------------------------------------------------------
+
+
+def test_paired_interval(load):
+    """Differences 1, 0, 0, 1: mean 0.5, standard error sqrt(1/3) / 2."""
+    got = load("common").paired(np.array([1, 1, 0, 1.0]), np.array([0, 1, 0, 0.0]))
+    assert got.mean == 0.5
+    assert got.high - got.mean == pytest.approx(1.959964 * (1 / 3) ** 0.5 / 2)
+    assert got.mean - got.low == pytest.approx(got.high - got.mean)
+
+
+def test_one_pair_bounds_nothing(load):
+    got = load("common").paired(np.ones(1), np.zeros(1))
+    assert (got.mean, got.low, got.high) == (1, -np.inf, np.inf)
+
+
+def test_bootstrap_agrees_with_the_normal_interval(load):
+    common, x = load("common"), np.random.default_rng(0).normal(3, 2, 400)
+    got = common.bootstrap(lambda i: x[i].mean(), 400)
+    normal = common.paired(x, np.zeros(400))
+    assert got == pytest.approx(normal, abs=0.05)
+    assert got.low < got.mean < got.high
+    assert got == common.bootstrap(lambda i: x[i].mean(), 400)
+
+
+def test_figures_that_json_cannot_hold_are_null(load, tmp_path, monkeypatch):
+    common = load("common")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/thing.py"])
+    args = common.arguments("doc", ["--out", str(tmp_path)])
+    assert common.finish("thing", {"a": {"b": [float("nan"), 1.0]}}, [common.Bar("x", float("inf"), 0)], args) == 0
+    result = json.loads((tmp_path / "thing-cpu.json").read_text())
+    assert result["metrics"] == {"a": {"b": [None, 1.0]}}
+    assert result["bars"][0]["figure"] is None
+
+
+def test_a_script_adds_its_own_arguments(load):
+    def more(parser: ArgumentParser):
+        parser.add_argument("--steps", type=int)
+
+    args = load("common").arguments("doc", ["--quick", "--steps", "3"], more)
+    assert (args.steps, args.quick, args.out.name) == (3, True, "benchmarks")
+
+
+# --- dcl -------------------------------------------------------------------------------------------------------------
+
+
+def judged(dcl, base, large, same, kl):
+    teacher = np.stack([np.full(len(base), kl), np.ones(len(base)), np.full(len(base), 2.0)], 1)
+    correct = {"base": np.array(base, float), "large": np.array(large, float)}
+    tasks = {b: {"name": float(correct[b].mean())} for b in BRANCHES}
+    return dcl.Judged(correct, tasks, np.array(same, float), teacher)
+
+
+def test_row_of_a_run(load):
+    row = judged(load("dcl"), [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1], 0.6).row()
+    assert row == pytest.approx(
+        {"divergence": 0.3, "token_agreement": 0.5, "agreement": 0.75, "base": 0.25, "large": 0.5, "switch_cost": 0.25}
+    )
+
+
+def test_arms_are_compared_by_screen_over_seeds(load):
+    dcl = load("dcl")
+    off = [judged(dcl, [1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 1], kl) for kl in (0.8, 1.2)]
+    on = [judged(dcl, [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], kl) for kl in (0.2, 0.4)]
+    figures, bars = dcl.compare(on, off)
+    assert figures["divergence_ratio"] == pytest.approx(0.3)
+    assert figures["base_gain"]["mean"] == pytest.approx(0.25)
+    assert figures["large_gain"] == {"mean": 0, "low": 0, "high": 0}
+    assert figures["switch_cost"]["kl"]["mean"] == 0
+    assert figures["switch_cost"]["plain"]["mean"] == pytest.approx(0.25)
+    assert all(bar.ok for bar in bars)
+
+
+def test_the_other_way_round_every_bar_falls_short(load):
+    dcl = load("dcl")
+    off = [judged(dcl, [1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1], 1.0)]
+    on = [judged(dcl, [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], 0.3)]
+    _, bars = dcl.compare(off, on)
+    assert [bar.name for bar in bars if not bar.ok] == [bar.name for bar in bars]
+
+
+def test_branches_that_guess_alike_do_not_look(load):
+    dcl = load("dcl")
+    screens = [Screen(np.zeros((9, 9, 3), np.uint8), (), (Question("name", "?", a, None),), "", 0.0) for a in "aaab"]
+    blind, seeing = judged(dcl, [1, 1, 1, 0], [1, 1, 1, 0], [1] * 4, 0.0), judged(dcl, [1] * 4, [1] * 4, [1] * 4, 0.0)
+    assert dcl.looks([blind], screens, 10) == 0
+    assert dcl.looks([seeing], screens, 10) == 0.25
+    assert dcl.looks([seeing, blind], screens, 10) == 0
+
+
+def test_arms_differ_in_one_value(load, tiny_config):
+    dcl = load("dcl")
+    on, off, nameless = (dcl.arm(tiny_config, name, 3) for name in (dcl.ON, dcl.OFF, dcl.NAMELESS))
+    assert on.train.seed == off.train.seed == 3
+    assert (on.dcl.weight, off.dcl.weight) == (1, 0)
+    assert (on.train, on.data, on.model) == (off.train, off.data, off.model)
+    assert (nameless.train.stage0_steps, nameless.train.name_weight) == (0, 0)
+    assert nameless.train.steps == on.train.steps
+    assert nameless.dcl == on.dcl
+
+
+def test_stage_0_is_one_program_for_both_arms(load, tiny_config, tiny_batches):
+    """So that one checkpoint may start both."""
+    dcl, job = load("dcl"), train.Job(BRANCHES, stage0=True)
+    state = jax.eval_shape(lambda: train.init_state(tiny_config, 14))
+    programs = [
+        str(jax.make_jaxpr(lambda s, b, cfg=cfg: train.train_step(s, b, cfg, job))(state, tiny_batches[0]))
+        for cfg in (dcl.arm(tiny_config, dcl.ON, 0), dcl.arm(tiny_config, dcl.OFF, 0))
+    ]
+    assert programs[0] == programs[1]
+
+
+def test_steps_scale_stage_0_too(load):
+    dcl = load("dcl")
+    whole, half = dcl.settings(None), dcl.settings(dcl.settings(None).train.steps // 2)
+    assert half.train.stage0_steps == whole.train.stage0_steps // 2
+    assert half.data == whole.data
+
+
+# --- vrc -------------------------------------------------------------------------------------------------------------
+
+
+def test_retained_is_the_mean_over_tasks(load):
+    """Two tasks; the rare one loses half of its right answers."""
+    vrc = load("vrc")
+    full = [Answer(i, task, "", "", True) for i in range(4) for task in ("find", "read")[: 1 + (i == 0)]]
+    with_vrc = [a._replace(correct=a.task == "find") for a in full]
+    (kept, asked), (right, _) = vrc.hits(with_vrc, 4, 2), vrc.hits(full, 4, 2)
+    assert asked.sum(0).tolist() == [2, 2, 1, 0]  # find and read, each on known and on unseen art
+    assert vrc.retained(right, right, asked) == 1
+    assert vrc.retained(kept, right, asked) == pytest.approx(2 / 3)
+
+
+def screen(digit_height, *boxes):
+    questions = tuple(Question("find", "?", "", box) for box in boxes)
+    return Screen(np.zeros((9, 9, 3), np.uint8), (), questions, "", digit_height)
+
+
+def test_the_legible_scale_is_of_the_number_or_of_the_smallest_picture(load):
+    screens = [screen(10.0, (0, 0, 2, 2)), screen(0.0, (0, 0, 4, 8), (0, 0, 5, 2)), screen(0.0, None)]
+    number, picture = load("vrc").legible(screens)
+    np.testing.assert_allclose(number, [0.01, np.nan, np.nan])
+    np.testing.assert_allclose(picture, [np.nan, 0.04, np.nan])
+
+
+def test_following_the_legible_scale(load):
+    vrc = load("vrc")
+    need = np.array([1, 2, np.nan, 3, 4]) ** 2.0
+    ratios = np.array([0.1, 0.2, 0.9, 0.3, 0.4])
+    assert vrc.follows(ratios, need) == pytest.approx(1)
+    assert vrc.follows(-ratios, need) == pytest.approx(-1)
+    assert np.isnan(vrc.follows(ratios, np.full(5, np.nan)))
+    assert [row["mean_ratio"] for row in vrc.quarters(ratios, need)] == [0.1, 0.2, 0.3, 0.4]
+    assert vrc.quarters(ratios, need)[0]["from_px"] == pytest.approx(1)
+    assert vrc.quarters(ratios, need)[3]["to_px"] == pytest.approx(0.25)
+
+
+def test_vrc_is_measured_against_the_best_constant(load):
+    """Half the screens need full size: following them keeps all at the cost at which a constant keeps half less."""
+    vrc = load("vrc")
+    tokens, need = np.tile([10.0, 100.0], (40, 1)), np.arange(40) % 2 == 0
+    correct = np.stack([~need, np.ones(40)], 1).astype(float)
+    good = vrc.Tables(np.where(need, 1.0, 0.1), (0.1, 1.0), tokens, correct)
+    blind = vrc.Tables(np.where(np.arange(40) < 20, 1.0, 0.1), (0.1, 1.0), tokens, correct)
+    assert good.at(good.predicted) == pytest.approx((0.45, 1.0, 0.75))
+    assert good.edge().low > 0.1
+    assert blind.edge().low < 0 < blind.edge().high + 0.05
+
+
+# --- nano ------------------------------------------------------------------------------------------------------------
+
+
+def row(mean, n=100):
+    return {"mean": mean, "n": n, "low": 0.0, "high": 1.0}
+
+
+def test_a_task_on_both_splits(load):
+    got = load("nano").whole({"read_known": row(0.9), "read_unseen": row(0.5, 300), "find_known": row(0.1)}, "read")
+    assert (got["mean"], got["n"]) == (0.6, 400)
+    assert got["low"] < 0.6 < got["high"]
+
+
+def test_the_margin_is_of_the_worst_task_above_its_better_control(load):
+    table = {"read_known": row(0.9), "yesno_known": row(0.7)}
+    controls = {"majority": {"read_known": 0.1, "yesno_known": 0.52}, "shuffled": {"read_known": 0.2}}
+    assert load("nano").margin(table, controls) == (pytest.approx(0.18), "yesno_known")
+
+
+def test_bars_of_the_shipped_weights(load):
+    nano = load("nano")
+    good = {f"{task}_{s}": row(0.95) for task in ("name", "find", "read") for s in ("known", "unseen")}
+    assert all(bar.ok for bar in nano.bars_of("base", good, {"majority": {}}))
+    short = {bar.name for bar in nano.bars_of("base", good | {"name_unseen": row(0.4)}, {"m": {}}) if not bar.ok}
+    assert short == {"nano.base.name_unseen"}
+    none = {k: v for k, v in good.items() if not k.startswith("name")}
+    assert {bar.name for bar in nano.bars_of("base", none, {"m": {}}) if not bar.ok} == {
+        "nano.base.name_known",
+        "nano.base.name_unseen",
+    }
