@@ -302,7 +302,7 @@ def nano() -> Config:
 
 
 def quickstart() -> Config:
-    """A smaller nano that trains from nothing in minutes on two cores: 12 things, small screens, three tasks."""
+    """A smaller nano that trains from nothing in minutes on two cores: 12 things, small screens, two tasks."""
     model = _model(
         64, 8, (64, 3, 2), (96, 4, 3),
         llm=LlmConfig(vocab=512, width=96, depth=3, heads=3, kv_heads=1, head_dim=32, mlp=288),
@@ -311,15 +311,15 @@ def quickstart() -> Config:
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
     screens = ScreensConfig(
-        name="quickstart", concepts=12, tasks=("name", "find", "read"), min_side=36, max_side=112, max_area=64 * 64,
-        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=3,
+        name="quickstart", concepts=12, tasks=("name", "read"), min_side=36, max_side=112, max_area=64 * 64,
+        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=2,
         sheets=6_000, sheet_side=64, train=6_000, label=600, test_known=400, test_unseen=400,
     )  # fmt: skip
     return Config(
         "quickstart",
         model,
-        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(80, 112)),
-        TrainConfig(steps=2_600, stage0_steps=900, warmup=50, save_every=400),
+        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(64, 96)),
+        TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, save_every=400),
         DclConfig(),
         VrcTrainConfig(steps=200, batch=32),
     )
