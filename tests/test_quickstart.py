@@ -1,0 +1,166 @@
+"""The recipe: what is done stays done, what is interrupted goes on, and the whole of it at the tiny size."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hypervl_jax import compress, config, evaluate, quickstart, train
+from hypervl_jax.config import ConfigError
+from hypervl_jax.quickstart import Stages
+
+
+def test_a_stage_is_computed_once(tmp_path, capsys):
+    calls = []
+    first = Stages(tmp_path)("a", lambda: calls.append(1) or {"x": [1, 2]})
+    again = Stages(tmp_path)
+    assert again("a", lambda: calls.append(1)) == first == {"x": [1, 2]}
+    assert len(calls) == 1
+    assert set(again.seconds) == {"a"}
+    assert "done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_stage_that_stops_leaves_no_result(stop, tmp_path):
+    def burst():
+        raise stop
+
+    with pytest.raises(stop):
+        Stages(tmp_path)("a", burst)
+    assert Stages(tmp_path)("a", lambda: 7) == 7
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    Stages(tmp_path)("a", lambda: 7)
+    path = tmp_path / "stages" / "a.json"
+    path.write_text(path.read_text()[:9])
+    with pytest.raises(ConfigError, match=r"a\.json: damaged .* delete it and run again"):
+        Stages(tmp_path)("a", lambda: 7)
+
+
+def test_json_has_no_word_for_nan():
+    values = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, 2, "x", None, True)}]}
+    assert quickstart.finite(values) == {"a": None, "b": [1.5, None, {"c": [None, 2, "x", None, True]}]}
+    json.dumps(quickstart.finite(values), allow_nan=False)
+
+
+def test_a_log_line_cut_short_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
+    assert [r["step"] for r in quickstart.curves(tmp_path / "log.jsonl")] == [0, 2]
+
+
+def test_what_made_a_summary():
+    found = quickstart._origin()
+    assert {"jax", "flax", "numpy"} <= set(found["versions"])
+    assert found["command"]
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """The recipe without its arithmetic: steps, losses and VRC are stand-ins, everything on disk is real."""
+    steps = []
+
+    def step(state, batch, job):
+        steps.append(int(state.step))
+        return state._replace(step=state.step + 1), {"loss_base": 1.0}
+
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(train, "compiled", lambda cfg: step)
+    monkeypatch.setattr(evaluate, "answer_losses", lambda m, b, screens, r, q: rng.uniform(1, 2, (len(screens), q)))
+    monkeypatch.setattr(compress, "train", lambda key, params, *_: (params, np.zeros(4)))
+    monkeypatch.setattr(quickstart, "_calibrate", lambda *_: 0.7)
+    return steps
+
+
+def interrupted(monkeypatch, module, name, when):
+    """`module.name` raises KeyboardInterrupt at its call number `when`, once."""
+    real, calls = getattr(module, name), []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, stop)
+
+
+def test_interrupted_runs_go_on(cheap, tiny_config, tmp_path, monkeypatch):
+    """Stopped in training, in labelling and in VRC: each time the next call goes on from what is there."""
+    step = train.compiled(tiny_config)
+
+    def once(state, batch, job):
+        if int(state.step) == 3 and 3 not in once.stopped:
+            once.stopped.append(3)
+            raise KeyboardInterrupt
+        return step(state, batch, job)
+
+    once.stopped = []
+    monkeypatch.setattr(train, "compiled", lambda cfg: once)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.make_model(tiny_config, tmp_path)
+    assert cheap == [0, 1, 2]
+    assert not (tmp_path / "model").exists()
+    interrupted(monkeypatch, compress, "label_images", 1)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.make_model(tiny_config, tmp_path)
+    assert cheap == [0, 1, 2, 2, 3]  # from the checkpoint of step 2, tiny's `save_every`
+    rows = quickstart.curves(tmp_path / "train" / "log.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    interrupted(monkeypatch, compress, "train", 1)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.make_model(tiny_config, tmp_path)
+    assert not (tmp_path / "model").exists()
+    model = quickstart.make_model(tiny_config, tmp_path)
+    assert len(cheap) == 5
+    assert model.info["vrc_scale"] == 0.7
+    assert config.from_dict(config.Config, model.info["config"]) == tiny_config
+    done = {p.stem for p in (tmp_path / "stages").iterdir()}
+    assert done == {"data", "train", "labels", "vrc"}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    quickstart.make_model(tiny_config, tmp_path)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    other = dataclasses.replace(tiny_config, dcl=dataclasses.replace(tiny_config.dcl, weight=0.0))
+    with pytest.raises(ConfigError, match="other settings"):
+        quickstart.make_model(other, tmp_path)
+
+
+def test_words_of_a_run_are_made_once(tiny_config, tiny_source, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    first = quickstart.words(tiny_config, tiny_source, path)
+    path.with_suffix(".part").write_text("an interrupted one")
+    again = quickstart.words(tiny_config, tiny_source, path)
+    assert first.encode("where is the anchor?") == again.encode("where is the anchor?")
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(tiny_config, tmp_path, capsys):
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    summary = quickstart.run(tiny_config, tmp_path)
+    assert summary == json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    tasks = {f"{t}_{s}" for t in ("name", "find", "yesno") for s in ("known", "unseen")}
+    for way in ("accuracy", "accuracy_vrc", "accuracy_litert", "accuracy_litert_vrc"):
+        assert set(summary[way]) == {"base", "large"}
+        assert tasks <= set(summary[way]["base"])
+        assert all(0 <= a["low"] <= a["mean"] <= a["high"] <= 1 for b in summary[way].values() for a in b.values())
+    assert tasks <= set(summary["controls"]["majority"])
+    assert tasks <= set(summary["controls"]["shuffled"])
+    assert 0 <= summary["vrc"]["tokens_saved"] < 1
+    assert "retained" in summary["vrc"]
+    assert summary["export"]["same_answers"] > 0.95
+    assert summary["export"]["max_relative_error"] < 1e-4
+    assert summary["seconds"]["total"] == pytest.approx(sum(v for k, v in summary["seconds"].items() if k != "total"))
+    assert summary["peak_rss_gb"] > 0
+    assert {"versions", "config_hash", "command", "machine"} <= set(summary)
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    capsys.readouterr()
+    again = quickstart.run(tiny_config, tmp_path)
+    assert again["accuracy"] == summary["accuracy"]
+    said = capsys.readouterr().out
+    assert said.count("done before") == len(summary["seconds"]) - 1
+    assert " ...\n" not in said
+    other = dataclasses.replace(tiny_config, name="other")
+    with pytest.raises(ConfigError, match="other settings"):
+        quickstart.run(other, tmp_path)
