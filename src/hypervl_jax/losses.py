@@ -46,7 +46,7 @@ def dcl_kl(
     return temperature**2 * mean_where((jnp.exp(t) * (t - s)).sum(-1), weights)
 
 
-def pool_cells(weights: Float[Array, "B K N*P"], side: int, merge: int) -> Float[Array, "B K N*M"]:
+def pool_cells(weights: Float[Array, "B K F"], side: int, merge: int) -> Float[Array, "B K G"]:
     """Shares of patches, `side` x `side` a tile, as shares of the tokens they are folded into."""
     return reduce(weights, "b k (n r p c q) -> b k (n r c)", "sum", r=side // merge, p=merge, c=side // merge, q=merge)
 
