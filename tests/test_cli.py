@@ -95,7 +95,8 @@ def test_ask_says_where_in_pixels(tiny_folder, tiny_picture, monkeypatch, capsys
     monkeypatch.setattr(ask, "see", lambda model, pixels, branch, vrc: ask.Seen(plan_of(pixels, model), None))
     monkeypatch.setattr(ask, "answer", lambda *_: iter(["5", "0 ", "99"]))
     cli.main(["ask", str(tiny_picture), "where is it?", "--model", str(tiny_folder)])
-    w, h = Image.open(tiny_picture).size
+    with Image.open(tiny_picture) as picture:
+        w, h = picture.size
     said = capsys.readouterr()
     assert said.out == "50 99\n"
     assert f"point x {0.505 * w:.0f}, y {0.995 * h:.0f} of {w} x {h} pixels" in said.err
@@ -306,10 +307,12 @@ def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
 def test_a_config_file_and_its_steps(tmp_path):
     (tmp_path / "mine.py").write_text("from hypervl_jax.config import quickstart as get_config")
     assert cli.load_config(str(tmp_path / "mine.py")) == config.quickstart()
-    few = cli.load_config("quickstart", 240).train
-    assert (few.steps, few.stage0_steps) == (240, 100)
-    many = cli.load_config("quickstart", 24_000).train
-    assert (many.steps, many.stage0_steps) == (24_000, config.quickstart().train.stage0_steps)
+    whole = config.quickstart().train
+    few = cli.load_config("quickstart", whole.steps // 10).train
+    assert few.steps == whole.steps // 10
+    assert few.stage0_steps == pytest.approx(whole.stage0_steps / 10, abs=1)
+    many = cli.load_config("quickstart", 10 * whole.steps).train
+    assert (many.steps, many.stage0_steps) == (10 * whole.steps, whole.stage0_steps)
 
 
 def test_steps_and_screens_must_be_some(tmp_path, tiny_folder, fails):

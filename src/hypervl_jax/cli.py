@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -151,7 +152,9 @@ def evaluate(
 
     beside = checkpoint.find_model(model).parent / "data"
     data = data or (beside if beside.is_dir() else Path("runs/data"))
-    print(json.dumps(recipe.judge(loaded, branch, vrc, screens, data), indent=1))
+    with contextlib.redirect_stdout(sys.stderr):  # what the builder of data sets says is not part of the result
+        found = recipe.judge(loaded, branch, vrc, screens, data)
+    print(json.dumps(found, indent=1))
 
 
 def export(
