@@ -29,6 +29,7 @@ from hypervl_jax.config import BRANCHES, Config
 from hypervl_jax.data import pipeline
 from hypervl_jax.data.assets import Assets
 from hypervl_jax.data.screens import Screen
+from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.model import vrc
 from hypervl_jax.plan import VisionPlan
 
@@ -126,10 +127,14 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
     for v in ("", "_vrc"):
         summary["accuracy" + v] = {b: per_task(said[f"eval_{b}{v}"]) for b in BRANCHES}
     summary["vrc"] = savings(cfg, model, tests, ratios, said)
-    exported = stage("export", lambda: _export(model, tests, out / "export"))
-    litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
-    summary |= {k: litert[k] for k in ("accuracy_litert", "accuracy_litert_vrc")}
-    summary["export"] = {**litert["export"], **exported}
+    try:
+        exported = stage("export", lambda: _export(model, tests, out / "export"))
+        litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
+    except ExportUnavailable as e:  # the rest of the run is worth its report
+        print(f"not exported: {e}")
+    else:
+        summary |= {k: litert[k] for k in ("accuracy_litert", "accuracy_litert_vrc")}
+        summary["export"] = {**litert["export"], **exported}
     summary["memory"] = stage(
         "memory", lambda: bench.memory_curve(cfg.model, [n * cfg.model.policy.tile for n in (1, 2, 3, 4, 6)])
     )
