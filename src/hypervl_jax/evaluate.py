@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def run(
     ]
 
 
-def _logits(params: dict, cfg: ModelConfig, branch: Branch, tiles: Array, mask: Array, row: Prompt) -> Array:
+def _logits(params: dict, cfg: ModelConfig, branch: Branch, tiles: Array, mask: Array, row: Any) -> Array:
     feats = _features(params, cfg, branch, tiles, mask)
     return llm.logits(
         params["llm"], hypervl.hidden(params, cfg, feats, row.ids, row.slots, row.positions, row.segments)
@@ -200,7 +200,7 @@ def _logits(params: dict, cfg: ModelConfig, branch: Branch, tiles: Array, mask: 
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "branch", "questions"))
-def _losses(params: dict, cfg: ModelConfig, branch: Branch, questions: int, tiles: Array, mask: Array, row: Prompt):
+def _losses(params: dict, cfg: ModelConfig, branch: Branch, questions: int, tiles: Array, mask: Array, row: Any):
     targets, answers = losses.shift(row.ids, row.loss)
     nats = losses.cross_entropy(_logits(params, cfg, branch, tiles, mask, row), targets)
     own = answers[:, None] & (jnp.roll(row.segments, -1, 1)[:, None] == 1 + jnp.arange(questions)[:, None])
@@ -219,7 +219,7 @@ def answer_losses(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _divergence(params: dict, cfg: ModelConfig, tiles: Array, mask: Array, row: Prompt):
+def _divergence(params: dict, cfg: ModelConfig, tiles: Array, mask: Array, row: Any):
     _, answers = losses.shift(row.ids, row.loss)
     t, s = (jax.nn.log_softmax(_logits(params, cfg, b, tiles, mask, row)) for b in ("large", "base"))
     kl, same = (jnp.exp(t) * (t - s)).sum(-1), t.argmax(-1) == s.argmax(-1)

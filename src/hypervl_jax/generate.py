@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +63,9 @@ def prefill(
     at = jnp.arange(length)
     visible = (jnp.arange(cache_length) <= at[:, None]) & (jnp.arange(cache_length) >= pads[:, None, None])
     positions = jnp.maximum(at - pads[:, None], 0)
-    caches = llm.init_cache(cfg.llm, b, cache_length, x.dtype)
-    hidden, caches = llm.Llm(cfg.llm, scan=False).apply(
-        {"params": params["llm"]}, x, positions, visible, caches, jnp.int32(0)
-    )
+    empty = llm.init_cache(cfg.llm, b, cache_length, x.dtype)
+    out: Any = llm.Llm(cfg.llm, scan=False).apply({"params": params["llm"]}, x, positions, visible, empty, jnp.int32(0))
+    hidden, caches = out
     logits = llm.logits(params["llm"], hidden[:, -1])
     return DecodeState(logits, caches, jnp.int32(length), pads, jnp.zeros(b, bool), key)
 
@@ -85,9 +84,10 @@ def sample_step(
     x = llm.embed(params["llm"], token[:, None])
     at = jnp.arange(state.caches[0].k.shape[2])
     visible = ((at <= state.at) & (at >= state.pads[:, None]))[:, None]
-    hidden, caches = llm.Llm(cfg.llm, scan=False).apply(
+    out: Any = llm.Llm(cfg.llm, scan=False).apply(
         {"params": params["llm"]}, x, (state.at - state.pads)[:, None], visible, state.caches, state.at
     )
+    hidden, caches = out
     logits = llm.logits(params["llm"], hidden[:, 0])
     return DecodeState(logits, caches, state.at + 1, state.pads, state.done | (token == end), key), token
 

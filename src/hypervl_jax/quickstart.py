@@ -335,7 +335,7 @@ def per_task(said: dict[str, list]) -> dict[str, dict[str, float]]:
     return out
 
 
-def savings(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) -> dict[str, float]:
+def savings(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) -> dict[str, Any]:
     """What VRC saves and keeps on the held-out screens, by the labelling branch; and whether it follows small print."""
     branch = cfg.vrc.branch
     vit, tokens, flops, legible = model.config.vit(branch), [], [], []

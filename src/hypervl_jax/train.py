@@ -137,7 +137,7 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
 
 def groups(cfg: Config, job: Job) -> tuple[str, ...]:
     """Which top-level parameter groups a job moves."""
-    out = set(job.branches)
+    out: set[str] = set(job.branches)
     if cfg.train.name_weight:
         out |= {f"names_{b}" for b in job.branches}
     if not job.stage0 and not (cfg.dcl.llm_train == "teacher_only" and job.branches == ("base",)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from hypervl_jax.plan import VisionPlan
 from hypervl_jax.text import Tokenizer
 
 DIGITS = tuple("0123456789")
+Rows = Any  # numpy as it is loaded, traced in a step
 LEGIBLE = 7  # pixels a side, as shown: smaller things are not asked for by the image-name term
 
 
@@ -36,16 +37,16 @@ class Batch(NamedTuple):
     """One step's worth. `names`, `words` and `weights` are the image-name term's: the class of each thing (-1: none),
     how its name begins, and the share of its box in each patch."""
 
-    tiles: np.ndarray  # u8[B N T T 3]
-    mask: np.ndarray  # bool[B N P], patches that touch real pixels
-    ids: np.ndarray  # i32[B L]
-    slots: np.ndarray  # i32[B L]
-    loss: np.ndarray  # bool[B L]
-    positions: np.ndarray  # i32[B L]
-    segments: np.ndarray  # i32[B L]
-    names: np.ndarray  # i32[B K]
-    words: np.ndarray  # i32[B K], the first token of the name
-    weights: np.ndarray  # f32[B K N*P]
+    tiles: Rows  # u8[B N T T 3]
+    mask: Rows  # bool[B N P], patches that touch real pixels
+    ids: Rows  # i32[B L]
+    slots: Rows  # i32[B L]
+    loss: Rows  # bool[B L]
+    positions: Rows  # i32[B L]
+    segments: Rows  # i32[B L]
+    names: Rows  # i32[B K]
+    words: Rows  # i32[B K], the first token of the name
+    weights: Rows  # f32[B K N*P]
 
 
 class BatchSpec(NamedTuple):

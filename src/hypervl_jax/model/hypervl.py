@@ -8,6 +8,7 @@ L sequence, D decoder width, V vocabulary.
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +53,13 @@ def look(
     remat: bool = False,
 ) -> Float[Array, "N P W"]:
     """Patch features of all tiles at once, W wide: one branch without its projector."""
-    return Vit(cfg.vit(branch), scan, remat).apply({"params": params[branch]["vit"]}, tiles, mask)
+    return cast(Array, Vit(cfg.vit(branch), scan, remat).apply({"params": params[branch]["vit"]}, tiles, mask))
 
 
 def project(params: Params, cfg: ModelConfig, branch: Branch, patches: Float[Array, "N P W"]) -> Float[Array, "N M D"]:
     """Patch features -> decoder embeddings."""
     projector = Projector(cfg.llm.width, cfg.policy.merge)
-    return projector.apply({"params": params[branch]["projector"]}, patches)
+    return cast(Array, projector.apply({"params": params[branch]["projector"]}, patches))
 
 
 def encode_batch(

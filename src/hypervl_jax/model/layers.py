@@ -91,7 +91,7 @@ class Stack(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # type: ignore  # its stub knows integers only
                 length=self.depth,
             )(self.cfg, name="layers")
             return layers(x, None, *shared)
