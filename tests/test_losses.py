@@ -19,9 +19,9 @@ def log_softmax(x):
     return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
 
 
-def kl(teacher, student, mask, tau):
+def kl(teacher, student, weights, tau):
     t, s = log_softmax(teacher / tau), log_softmax(student / tau)
-    return tau**2 * (np.exp(t) * (t - s)).sum(-1)[np.asarray(mask)].mean()
+    return tau**2 * np.average((np.exp(t) * (t - s)).sum(-1), weights=np.float64(weights))
 
 
 # --- next token ------------------------------------------------------------------------------------------------------
@@ -50,6 +50,19 @@ def test_means_count_only_what_the_mask_shows():
     assert not jax.grad(lambda v: losses.mean_where(v, jnp.zeros_like(mask)))(values).any()
 
 
+def test_means_are_weighted_as_asked():
+    values, weights = jnp.array([1.0, 2.0, jnp.nan]), jnp.array([0.5, 1.5, 0.0])
+    assert losses.mean_where(values, weights) == pytest.approx((0.5 + 3.0) / 2)
+    np.testing.assert_allclose(jax.grad(losses.mean_where)(values, weights), [0.25, 0.75, 0])
+
+
+def test_every_answer_of_a_row_weighs_alike():
+    segments = jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, -1, -1, -1]])
+    mask = jnp.array([[0, 0, 0, 1, 1, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1, 0, 0, 0]], bool)
+    want = [[0, 0, 0, 1 / 2, 1 / 2, 0, 0, 0, 1], [0, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 0, 0, 0]]
+    np.testing.assert_allclose(losses.answer_weights(mask, segments), want)
+
+
 def test_each_position_predicts_the_next_token_of_its_answer():
     ids = jnp.array([[4, 5, 6, 7, 8]])
     targets, counts = losses.shift(ids, jnp.array([[True, False, True, True, False]]))
@@ -75,6 +88,9 @@ def test_supervised_positions_of_a_real_batch_spell_the_answers(tiny_batches, ti
 def test_divergence_is_the_oracles(tau):
     got = losses.dcl_kl(TEACHER, STUDENT, MASK, tau)
     assert got == pytest.approx(kl(np.float64(TEACHER), np.float64(STUDENT), MASK, tau), rel=1e-5)
+    weights = jnp.where(MASK, 1 + jnp.arange(L) / L, 0)
+    got = losses.dcl_kl(TEACHER, STUDENT, weights, tau)
+    assert got == pytest.approx(kl(np.float64(TEACHER), np.float64(STUDENT), weights, tau), rel=1e-5)
     assert losses.dcl_kl(TEACHER, TEACHER, MASK, tau) == pytest.approx(0, abs=1e-6)
 
 
@@ -107,3 +123,11 @@ def test_name_term_is_the_oracles_and_skips_what_is_not_there():
     assert got == pytest.approx(np.mean(picked), rel=1e-5)
     assert losses.name_loss(features, weights.at[0, 1].add(9.0), names, table) == got
     assert losses.name_loss(features, weights, jnp.full_like(names, -1), table) == 0
+
+
+def test_shares_of_patches_become_shares_of_their_tokens():
+    """Two tiles of 4 x 4 patches, folded 2 x 2 as the pixel shuffle folds them."""
+    weights = RNG.random((1, 2, 32))
+    grid = weights.reshape(1, 2, 2, 2, 2, 2, 2)  # ..., tile, row of tokens, row inside, column, column inside
+    want = grid.sum((-1, -3)).reshape(1, 2, 8)
+    np.testing.assert_allclose(losses.pool_cells(jnp.asarray(weights, jnp.float32), 4, 2), want, rtol=1e-5)

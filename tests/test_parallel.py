@@ -1,8 +1,8 @@
 """One training gradient, four ways to run it: plain, `jit` over a sharded batch, `pmap`, `shard_map`.
 
-The losses are means over answer tokens. `jit` sees the whole batch, so its mean is the global one whatever the rows
-hold. Under `pmap` and `shard_map` each device takes the mean of its own rows, and the mean over devices is the global
-mean only where devices count alike: the batch here has the same number of answer tokens and names in every row.
+The losses are means over answers and over named things. `jit` sees the whole batch, so its mean is the global one
+whatever the rows hold. Under `pmap` and `shard_map` each device takes the mean of its own rows, and the mean over
+devices is the global mean only where devices count alike: there, every row has one answer and one thing.
 """
 
 from dataclasses import replace

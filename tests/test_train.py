@@ -117,9 +117,9 @@ def test_the_log_has_a_line_a_step_with_the_parts_of_its_job(whole):
     lines = log(whole[0])
     always = {"step", "time", "grad_norm", "lr"}
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert set(lines[0]) == always | {"name_base", "name_large"}
-    assert set(lines[1]) == set(lines[3]) == always | {"name_large", "loss_large"}
-    assert set(lines[2]) == always | {"name_base", "loss_base", "kl"}
+    assert set(lines[0]) == always | {"name_base", "word_base", "name_large", "word_large"}
+    assert set(lines[1]) == set(lines[3]) == always | {"name_large", "word_large", "loss_large"}
+    assert set(lines[2]) == always | {"name_base", "word_base", "loss_base", "kl"}
 
 
 def test_a_folder_of_other_settings_is_refused(whole, run, cfg):
@@ -223,8 +223,9 @@ def test_the_schedule_alternates_after_stage_0(cfg):
 
 
 def test_stage_0_holds_the_peak_and_the_cosine_spans_the_rest(cfg):
-    cfg = replace(cfg, train=replace(cfg.train, steps=50, stage0_steps=10, warmup=4, lr=1.0, final_lr=0.1))
+    t = replace(cfg.train, steps=50, stage0_steps=10, warmup=4, stage0_lr=2.0, lr=1.0, final_lr=0.1)
+    cfg = replace(cfg, train=t)
     rates = [float(train.rate_at(cfg, jnp.int32(s))) for s in range(50)]
-    np.testing.assert_allclose(rates[:10], [0.25, 0.5, 0.75, *[1.0] * 7])
+    np.testing.assert_allclose(rates[:10], [0.5, 1.0, 1.5, *[2.0] * 7])
     np.testing.assert_allclose(rates[10:14], [0.25, 0.5, 0.75, 1.0])
     assert rates[-1] == pytest.approx(0.1)

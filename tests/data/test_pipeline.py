@@ -124,7 +124,7 @@ def test_a_batch_holds_what_its_spec_says(tiny_batches, tiny_config, tiny_source
                 np.testing.assert_array_equal(got[b], want)
 
 
-def test_names_are_classes_and_weights_shares(tiny_batches, tiny_classes):
+def test_names_are_classes_and_weights_shares(tiny_batches, tiny_classes, tiny_tokenizer):
     names = np.concatenate([b.names.ravel() for b in tiny_batches])
     assert names.max() < len(tiny_classes)
     assert (names >= 0).any()
@@ -132,6 +132,8 @@ def test_names_are_classes_and_weights_shares(tiny_batches, tiny_classes):
         total = batch.weights.sum(-1)
         np.testing.assert_allclose(total[batch.names >= 0], 1, rtol=1e-5)
         assert not total[batch.names < 0].any()
+        for name, word in zip(batch.names.ravel(), batch.words.ravel(), strict=True):
+            assert word == (tiny_tokenizer.encode(tiny_classes[name])[0] if name >= 0 else -1)
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def test_the_papers_decoder_compiles_and_traces_a_training_step(paper, paper_sha
         mask=jax.ShapeDtypeStruct((b, n, patches), bool),
         ids=ids, slots=ids, loss=row(bool), positions=ids, segments=ids,
         names=jax.ShapeDtypeStruct((b, 4), jnp.int32),
+        words=jax.ShapeDtypeStruct((b, 4), jnp.int32),
         weights=jax.ShapeDtypeStruct((b, 4, n * patches), jnp.float32),
     )  # fmt: skip
     cfg = config.preset("hypervl_1p7b")
@@ -78,7 +79,7 @@ def test_the_papers_decoder_compiles_and_traces_a_training_step(paper, paper_sha
     params |= {f"names_{b}": {"names": table} for b, table in tables.items()}
     grads, parts = jax.eval_shape(lambda p, b: train.gradients(p, cfg, train.Job(BRANCHES), b), params, batch)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
-    assert set(parts) == {"name_base", "name_large", "loss_base", "loss_large", "kl"}
+    assert set(parts) == {"kl", *(f"{part}_{b}" for part in ("name", "word", "loss") for b in BRANCHES)}
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
