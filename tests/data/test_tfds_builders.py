@@ -27,7 +27,7 @@ def test_records_are_the_composed_screens(prepared):
     for split, source in prepared[1].items():
         assert len(source) == getattr(CFG, split) == len(source.sizes)
         for i in range(len(source)):
-            stored, composed = source[i], screens.record(Assets.load(), CFG, split, i)
+            stored, composed = source[i], T.record(Assets.load(), CFG, split, i)
             np.testing.assert_array_equal(stored.image, composed.image)
             assert stored[1:] == composed[1:]
             assert tuple(source.sizes[i]) == composed.image.shape[:2]
