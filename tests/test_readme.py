@@ -1,7 +1,7 @@
 """What the README tells a newcomer to type works, and its figures are those that a script wrote.
 
 Blocks marked ```sh and ```python are run, with these words replaced: `quickstart/model` by a model folder of the tiny
-preset, `screen.png` by a picture, `phone` by a folder of this test. Unmarked blocks may name `make` targets only.
+preset, `screen.png` by a picture (that of `examples/` by its path), `phone` by a folder of this test. Unmarked blocks may name `make` targets only.
 """
 
 import json
@@ -25,6 +25,7 @@ def blocks(kind):
 def typed(tiny_folder, tiny_picture, tmp_path_factory):
     """The words of a README line -> words to run here."""
     here = {
+        "examples/screen.png": ROOT / "examples" / "screen.png",
         "quickstart/model": tiny_folder,
         "screen.png": tiny_picture,
         "phone": tmp_path_factory.mktemp("readme") / "phone",

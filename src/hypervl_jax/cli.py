@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 from hypervl_jax import __version__
 from hypervl_jax.config import BRANCHES, PRESETS, Branch, Config, ConfigError, preset
 
-DEFAULT = "nano"
+DEFAULT = "quickstart"  # weights that ship
 EXTRAS = {  # what an extra brings -> the extra
     "tensorflow_datasets": "train",
     "array_record": "train",

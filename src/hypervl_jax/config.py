@@ -313,7 +313,7 @@ def quickstart() -> Config:
     screens = ScreensConfig(
         name="quickstart", concepts=12, tasks=("name", "read"), min_side=36, max_side=112, max_area=64 * 64,
         max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=2,
-        sheets=6_000, sheet_side=64, train=6_000, label=600, test_known=400, test_unseen=400,
+        sheets=6_000, sheet_side=64, train=6_000, label=800, test_known=400, test_unseen=400,
     )  # fmt: skip
     return Config(
         "quickstart",

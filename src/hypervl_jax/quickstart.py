@@ -34,6 +34,7 @@ from hypervl_jax.model import vrc
 from hypervl_jax.plan import VisionPlan
 
 SPLITS = ("test_known", "test_unseen")
+RETAIN = 0.993  # what VRC is calibrated to keep: above the paper's 98.7 %, since held-out pictures land on either side
 
 
 class Stages:
@@ -274,9 +275,9 @@ def fit_vrc(model: Model, cfg: Config, screens: Sequence[Screen], found: compres
 
 
 def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_dir: Path) -> dict:
-    """Trains VRC on nine tenths of the labels, finds its scale on the rest, and writes the model directory."""
+    """Trains VRC on three quarters of the labels, finds its scale on the rest, and writes the model directory."""
     found, screens = compress.LabelSet.load(path), [source[i] for i in range(len(source))]
-    cut = len(screens) * 9 // 10
+    cut = len(screens) * 3 // 4
     model, history = fit_vrc(model, cfg, screens[:cut], found.first(cut))
     scale = _calibrate(model, cfg, screens[cut:])
     info = {"config": config.to_dict(cfg), "vrc_scale": scale}
@@ -298,10 +299,10 @@ def tables(
 
 
 def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float:
-    """The factor on predictions that keeps 98.7 % of the accuracy on pictures VRC has not seen; 1 if none does."""
+    """The factor on predictions that keeps `RETAIN` of the accuracy on pictures VRC has not seen; 1 if none does."""
     tokens, correct = tables(model, cfg.vrc.branch, screens, cfg.vrc.ratios)
     try:
-        return compress.calibrate(evaluate.ratios(model, screens), cfg.vrc.ratios, tokens, correct)
+        return compress.calibrate(evaluate.ratios(model, screens), cfg.vrc.ratios, tokens, correct, RETAIN)
     except compress.CompressError:
         return 1.0
 
