@@ -1,8 +1,8 @@
 """What the README tells a newcomer to type works, and its figures are those that a script wrote.
 
 Blocks marked ```sh and ```python are run, with these words replaced: `quickstart/model` by a model folder of the tiny
-preset, `screen.png` by a picture (that of `examples/` by its path), `phone` by a folder of this test. Unmarked blocks may
-name `make` targets only.
+preset, `screen.png` by a picture (that of `examples/` by its path), `phone` by a folder of this test. Unmarked blocks
+may name `make` targets only.
 """
 
 import json
