@@ -10,6 +10,7 @@ import pytest
 
 from hypervl_jax import checkpoint, losses, train
 from hypervl_jax.config import BRANCHES
+from hypervl_jax.data import pipeline, sheets
 from hypervl_jax.train import Job, TrainError
 
 NAMES, LARGE, BASE = Job(BRANCHES, stage0=True), Job(("large",)), Job(("base",))
@@ -42,20 +43,26 @@ def whole(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(cfg, tiny_source, tiny_tokenizer, tiny_classes):
-    from hypervl_jax.data import pipeline
-
-    m = cfg.model
-    feed = pipeline.batches(tiny_source, cfg.data, m.policy, m.text, tiny_tokenizer, tiny_classes, 5, 1)
-    return jax.tree.map(jnp.asarray, next(feed))
+    rest = cfg.model.policy, cfg.model.text, tiny_tokenizer, tiny_classes
+    return jax.tree.map(jnp.asarray, next(pipeline.batches(tiny_source, cfg.data, *rest, seed=5, steps=1)))
 
 
 @pytest.fixture(scope="module")
-def step(whole, cfg, batch):
+def sheet(cfg, tiny_sheets, tiny_tokenizer, tiny_classes):
+    """A batch of stage 0."""
+    rest = cfg.model.policy, cfg.model.text, tiny_tokenizer, tiny_classes
+    things = sheets.most(cfg.data.screens.sheet_side)
+    return next(pipeline.batches(tiny_sheets, cfg.data, *rest, seed=5, steps=1, things=things))
+
+
+@pytest.fixture(scope="module")
+def step(whole, cfg, batch, sheet):
     """Job -> (state before, state after, metrics), from the last state of the undisturbed run."""
     start = jax.tree.map(np.asarray, whole[1])
 
     def step(job, cfg=cfg):
-        after, metrics = train.compiled(cfg)(jax.device_put(start, jax.devices()[0]), batch, job)
+        state = jax.device_put(start, jax.devices()[0])
+        after, metrics = train.compiled(cfg)(state, sheet if job.stage0 else batch, job)
         return start, jax.tree.map(np.asarray, after), {k: float(v) for k, v in metrics.items()}
 
     return step
