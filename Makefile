@@ -33,7 +33,7 @@ $(PARITY): $(STAMP)
 			&& $(BIN)/python -m pip install --quiet '$(TORCH)' --editable '.[train,export,parity,dev]'; }; \
 	then touch $@; else echo "torch and transformers cannot be had here: the parity tests will skip"; fi
 
-quickstart: $(STAMP) ## train, evaluate and export a small model from scratch; writes quickstart/report.html (10 minutes)
+quickstart: $(STAMP) ## train, evaluate and export a small model from scratch; writes quickstart/report.html (about ten minutes)
 	$(BIN)/hypervl quickstart
 
 nano: $(STAMP) ## the recipe of the shipped weights, from scratch (hours on two cores)
