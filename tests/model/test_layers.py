@@ -58,8 +58,8 @@ def test_hidden_keys_have_no_effect_and_a_row_that_sees_nothing_stays_finite():
 
 @pytest.fixture(scope="module")
 def stack():
-    """(module maker, parameters, input) of three small blocks."""
-    cfg = VitConfig(width=8, depth=3, heads=2, mlp=16)
+    """(module maker, parameters, input) of two small blocks."""
+    cfg = VitConfig(width=8, depth=2, heads=2, mlp=16)
 
     def make(**drive):
         return layers.Stack(vit.Block, cfg, cfg.depth, **drive)
@@ -75,9 +75,12 @@ def test_scan_equals_loop_and_remat_forward_and_backward(stack):
     def value_and_grad(**drive):
         return jax.jit(jax.value_and_grad(lambda p: (make(**drive).apply(p, *args)[0] ** 2).sum()))(params)
 
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
+
     want = value_and_grad(scan=True)
     for drive in ({"scan": False}, {"scan": True, "remat": True}):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), value_and_grad(**drive), want)
+        jax.tree.map(close, value_and_grad(**drive), want)
 
 
 def test_the_loop_leaves_no_while_in_the_program(stack):
@@ -89,11 +92,11 @@ def test_the_loop_leaves_no_while_in_the_program(stack):
 def test_layers_of_a_stack_start_different(stack):
     _, params, _ = stack
     weight = params["params"]["layers"]["q"]["weight"]
-    assert weight.shape == (3, 8, 8)
+    assert weight.shape == (2, 8, 8)
     assert np.abs(weight[0] - weight[1]).max() > 0.01
 
 
 def test_a_cache_needs_the_loop(stack):
     make, params, (x, _, mask) = stack
     with pytest.raises(ValueError, match="scan=False"):
-        make().apply(params, x, (None,) * 3, mask)
+        make().apply(params, x, (None,) * 2, mask)
