@@ -290,12 +290,15 @@ def nano() -> Config:
         policy=PlanPolicy(tile=64, patch=8, max_tiles=6, min_side=16),
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
-    screens = ScreensConfig(min_side=48, max_side=176, max_area=96 * 128, sheets=12_000, sheet_side=64)
+    screens = ScreensConfig(
+        min_side=48, max_side=176, max_area=96 * 120, max_things=5, picture=(24, 64), print_height=(9, 40),
+        hand_height=(16, 44), digits=3, sheets=12_000, sheet_side=64,
+    )  # fmt: skip
     return Config(
         "nano",
         model,
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(96, 128, 160, 176)),
-        TrainConfig(steps=6_000, stage0_steps=2_500),
+        TrainConfig(steps=10_000, stage0_steps=4_000, scan=False),
         DclConfig(),
         VrcTrainConfig(steps=600, batch=32),
     )

@@ -411,4 +411,6 @@ def _yesno(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Th
     other = _absent(rng, assets, cfg, pictures) if rng.random() < 0.5 else None
     target = pictures[rng.integers(len(pictures))]
     box = None if other else target.box
-    return [Question("yesno", f"is there a {other or target.concept}?", "no" if other else "yes", box)]
+    word = other or target.concept
+    article = "an" if word[0] in "aeiou" else "a"
+    return [Question("yesno", f"is there {article} {word}?", "no" if other else "yes", box)]

@@ -1,4 +1,4 @@
-"""Sheets: one tile full of drawings and digits, each with its name and box. What stage 0 learns to see from, since a
+"""Sheets: one tile full of drawings and numbers, each with its name and box. What stage 0 learns to see from, since a
 sheet names several times as many things as a screen of the same cost.
 
 H, W image; boxes (x0, y0, x1, y1) in pixels, the end outside.
@@ -15,14 +15,15 @@ from hypervl_jax.data import screens
 from hypervl_jax.data.assets import SPLITS, Assets, Split
 from hypervl_jax.data.screens import Screen, Thing
 
-SLOT = (12, 48)  # pixels a side of what is shown, log-uniform
-DIGIT = 0.5  # of the slots show a digit
+SLOT = (12, 56)  # pixels a side of what is shown, log-uniform
+SMALL = 18  # pixels: below it a drawing says little, and numbers are more frequent
+NUMBER = (0.5, 0.3)  # of the slots show a number: small ones, others
 SALT = 7  # sheets and screens of one index differ
 
 
 def most(side: int) -> int:
-    """Things on a sheet of `side` pixels, at most."""
-    return max(1, round(side / SLOT[0])) ** 2
+    """Names on a sheet of `side` pixels, at most: a number counts as its digits."""
+    return 2 * max(1, round(side / SLOT[0])) ** 2
 
 
 def record(assets: Assets, cfg: ScreensConfig, split: Split, index: int) -> Screen:
@@ -39,7 +40,8 @@ def compose(rng: np.random.Generator, assets: Assets, cfg: ScreensConfig, split:
     things = []
     for top, bottom in pairwise(edges):
         for left, right in pairwise(edges):
-            paint = _digit if "read" in cfg.tasks and rng.random() < DIGIT else _picture
+            share = NUMBER[0] if right - left < SMALL else NUMBER[1]
+            paint = _number if "read" in cfg.tasks and rng.random() < share else _picture
             things.append(paint(rng, assets, cfg, split, canvas, (left, top, right, bottom)))
     return Screen(canvas, tuple(things), (), "mixed", 0.0)
 
@@ -64,22 +66,30 @@ def _picture(rng, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.n
     return Thing(assets.words[concept], "picture", screens._visible(rgba[..., 3], (x, y)), artist)
 
 
-def _digit(rng, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.ndarray, slot) -> Thing:
-    held, digit, room = int(split.startswith("test")), int(rng.integers(10)), slot[3] - slot[1]
-    height = max(6, round(room * rng.uniform(0.6, 0.95)))
+def _number(rng, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.ndarray, slot) -> Thing:
+    held, room = int(split.startswith("test")), min(slot[2] - slot[0], slot[3] - slot[1])
+    digits = rng.integers(0, 10, rng.integers(1, min(3, cfg.digits) + 1)).tolist()
+    while True:  # fewer until they fit at a height that can be read
+        height = round(min(room, 1.5 * room / len(digits)) * rng.uniform(0.6, 0.95))
+        if height >= 7 or len(digits) == 1:
+            break
+        digits.pop()
     fonts = assets.fonts[held]
-    font = "hand" if room >= cfg.hand_height[0] and rng.random() < 0.35 else list(fonts)[rng.integers(len(fonts))]
+    font = "hand" if height >= cfg.hand_height[0] and rng.random() < 0.35 else list(fonts)[rng.integers(len(fonts))]
     if font == "hand":
-        alpha = screens._handwritten(rng, assets.hand[held], [digit], height)
+        alpha = screens._handwritten(rng, assets.hand[held], digits, height)
     else:
-        alpha = screens._printed(fonts[font], [digit], height)
-    alpha = alpha[:room, :room]
+        alpha = screens._printed(fonts[font], digits, max(6, height))
+    if alpha.shape[1] > room or alpha.shape[0] > room:
+        scale = room / max(alpha.shape)
+        alpha = screens._resize(
+            (255 * alpha).astype(np.uint8), max(3, int(scale * alpha.shape[1])), int(scale * alpha.shape[0])
+        )
     x, y = _spot(rng, slot, alpha.shape)
     under = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
-    alpha = alpha[: under.shape[0], : under.shape[1]]
     dark = bool(under.mean() > 127) if rng.random() < 0.7 else rng.random() < 0.5
     if dark != (under.mean() > 127) or rng.random() < 0.5:
         screens._plate(canvas, slot, screens._colour(rng, not dark), radius=0.0)
     ink = np.clip(screens._colour(rng, dark) + (-40 if dark else 40), 0, 255)
     under[:] = np.rint(under + alpha[..., None] * (ink - under))
-    return Thing(str(digit), "digit", screens._visible(alpha, (x, y)), font)
+    return Thing("".join(map(str, digits)), "digit", screens._visible(alpha, (x, y)), font)
