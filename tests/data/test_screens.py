@@ -98,8 +98,8 @@ def test_things_lie_inside_and_apart():
 
 def test_a_box_is_tight_around_what_was_drawn(monkeypatch):
     """On a white screen without a plate, the pixels that changed are those of the box."""
-    monkeypatch.setattr(S, "_background", lambda rng, h, w: np.full((h, w, 3), 255, np.uint8))
-    monkeypatch.setattr(S, "_plate", lambda *a, **k: None)
+    monkeypatch.setattr(S.painting, "background", lambda rng, h, w: np.full((h, w, 3), 255, np.uint8))
+    monkeypatch.setattr(S.painting, "plate", lambda *a, **k: None)
     cfg = dataclasses.replace(NANO, tasks=("name",), max_things=1)
     for i in range(20):
         s = S.record(ASSETS, cfg, "label", i)
@@ -128,7 +128,7 @@ def test_splits_show_only_their_artists_digits_and_fonts():
 
 def test_handwriting_of_test_splits_is_held_out(monkeypatch):
     used = []
-    monkeypatch.setattr(S, "_handwritten", lambda rng, hand, *a: used.append(hand) or np.ones((14, 14)))
+    monkeypatch.setattr(S.painting, "handwritten", lambda rng, hand, *a: used.append(hand) or np.ones((14, 14)))
     for split in SPLITS:
         used.clear()
         for i in range(30):

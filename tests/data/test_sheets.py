@@ -22,17 +22,20 @@ def test_a_sheet_depends_on_its_index_alone(some):
     assert not (some[7].image == some[8].image).all()
 
 
-def test_things_are_inside_named_and_apart(some):
-    words = {*ASSETS.words[: CFG.concepts], *"0123456789"}
-    for sheet in some:
-        assert sheet.image.shape == (CFG.sheet_side, CFG.sheet_side, 3)
-        assert 1 <= len(sheet.things) <= sheets.most(CFG.sheet_side)
+@pytest.mark.parametrize("cfg", [CFG, nano().data.screens], ids=lambda c: c.name)
+def test_things_are_inside_named_and_apart(cfg):
+    words = set(ASSETS.words[: cfg.concepts])
+    for sheet in (sheets.record(ASSETS, cfg, "train", i) for i in range(60)):
+        assert sheet.image.shape == (cfg.sheet_side, cfg.sheet_side, 3)
+        assert 1 <= sum(len(t.concept) if t.kind == "digit" else 1 for t in sheet.things) <= sheets.most(cfg.sheet_side)
         taken = np.zeros(sheet.image.shape[:2], int)
         for t in sheet.things:
             x0, y0, x1, y1 = map(int, t.box)
-            assert 0 <= x0 < x1 <= CFG.sheet_side
-            assert 0 <= y0 < y1 <= CFG.sheet_side
-            assert t.concept in words
+            assert 0 <= x0 < x1 <= cfg.sheet_side
+            assert 0 <= y0 < y1 <= cfg.sheet_side
+            assert (
+                (1 <= len(t.concept) <= cfg.digits and t.concept.isdigit()) if t.kind == "digit" else t.concept in words
+            )
             taken[y0:y1, x0:x1] += 1
         assert taken.max() == 1
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from hypervl_jax.config import ScreensConfig
-from hypervl_jax.data import screens
+from hypervl_jax.data import painting
 from hypervl_jax.data.assets import SPLITS, Assets, Split
 from hypervl_jax.data.screens import Screen, Thing
 
@@ -34,7 +34,7 @@ def record(assets: Assets, cfg: ScreensConfig, split: Split, index: int) -> Scre
 def compose(rng: np.random.Generator, assets: Assets, cfg: ScreensConfig, split: Split) -> Screen:
     """A square of `sheet_side` pixels cut into equal slots with a thing in each, and no questions."""
     side = cfg.sheet_side
-    canvas = screens._background(rng, side, side)
+    canvas = painting.background(rng, side, side)
     across = max(1, round(side / float(np.exp(rng.uniform(*np.log(SLOT))))))
     edges = np.linspace(0, side, across + 1).round().astype(int).tolist()
     things = []
@@ -57,13 +57,13 @@ def _picture(rng, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.n
     artists = assets.artists_of(concept, split)
     artist = artists[rng.integers(len(artists))]
     room = slot[2] - slot[0]
-    rgba = screens._drawing(rng, assets.art[concept, artist], room * rng.uniform(0.7, 1.0), vary=split == "train")
+    rgba = painting.drawing(rng, assets.art[concept, artist], room * rng.uniform(0.7, 1.0), vary=split == "train")
     rgba = rgba[:room, :room]
     x, y = _spot(rng, slot, rgba.shape)
     under = canvas[y : y + rgba.shape[0], x : x + rgba.shape[1]]
     rgba = rgba[: under.shape[0], : under.shape[1]]
     under[:] = np.rint(np.clip(rgba[..., :3] + (1 - rgba[..., 3:]) * under, 0, 255))
-    return Thing(assets.words[concept], "picture", screens._visible(rgba[..., 3], (x, y)), artist)
+    return Thing(assets.words[concept], "picture", painting.visible(rgba[..., 3], (x, y)), artist)
 
 
 def _number(rng, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.ndarray, slot) -> Thing:
@@ -77,19 +77,19 @@ def _number(rng, assets: Assets, cfg: ScreensConfig, split: Split, canvas: np.nd
     fonts = assets.fonts[held]
     font = "hand" if height >= cfg.hand_height[0] and rng.random() < 0.35 else list(fonts)[rng.integers(len(fonts))]
     if font == "hand":
-        alpha = screens._handwritten(rng, assets.hand[held], digits, height)
+        alpha = painting.handwritten(rng, assets.hand[held], digits, height)
     else:
-        alpha = screens._printed(fonts[font], digits, max(6, height))
+        alpha = painting.printed(fonts[font], digits, max(6, height))
     if alpha.shape[1] > room or alpha.shape[0] > room:
         scale = room / max(alpha.shape)
-        alpha = screens._resize(
+        alpha = painting.resize(
             (255 * alpha).astype(np.uint8), max(3, int(scale * alpha.shape[1])), int(scale * alpha.shape[0])
         )
     x, y = _spot(rng, slot, alpha.shape)
     under = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
     dark = bool(under.mean() > 127) if rng.random() < 0.7 else rng.random() < 0.5
     if dark != (under.mean() > 127) or rng.random() < 0.5:
-        screens._plate(canvas, slot, screens._colour(rng, not dark), radius=0.0)
-    ink = np.clip(screens._colour(rng, dark) + (-40 if dark else 40), 0, 255)
+        painting.plate(canvas, slot, painting.colour(rng, not dark), radius=0.0)
+    ink = np.clip(painting.colour(rng, dark) + (-40 if dark else 40), 0, 255)
     under[:] = np.rint(under + alpha[..., None] * (ink - under))
-    return Thing("".join(map(str, digits)), "digit", screens._visible(alpha, (x, y)), font)
+    return Thing("".join(map(str, digits)), "digit", painting.visible(alpha, (x, y)), font)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..config import ScreensConfig, config_hash
 from . import assets as archive
-from . import screens, sheets
+from . import painting, screens, sheets
 from .assets import SPLITS, Assets
 from .screens import Question, Screen, Thing
 
@@ -44,7 +44,7 @@ def record(assets: Assets, cfg: ScreensConfig, name: str, index: int) -> Screen:
 def _origin() -> str:
     """What a screen depends on besides its settings: the archive and the composing code."""
     digest = hashlib.sha256(archive.PATH.read_bytes())
-    for module in (screens, sheets):
+    for module in (painting, screens, sheets):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
