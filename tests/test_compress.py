@@ -304,6 +304,14 @@ def test_calibrate_finds_the_least_factor_that_retains_enough():
         compress.calibrate(np.full(len(need), 0.01), GRID, tokens, correct)
 
 
+def test_calibrate_passes_over_a_factor_that_passed_by_luck():
+    ratios, tokens = (0.25, 0.5, 1.0), np.tile([1.0, 2.0, 4.0], (10, 1))
+    correct = np.ones((10, 3))
+    correct[:, 1] = 0  # every picture is right at a quarter, none at half
+    scale = compress.calibrate(np.full(10, 0.5), ratios, tokens, correct)
+    assert 0.5 * scale > 0.5
+
+
 def test_spearman_by_hand():
     assert compress.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
     assert compress.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -96,8 +95,8 @@ def ask(
     if question.strip().lower().startswith("where") and len(words) == len(at) == 2:
         x, y = plan.to_pixels(at, coords)
         print(f"point x {x:.0f}, y {y:.0f} of {w} x {h} pixels", file=sys.stderr)
-    seen_as = f"{w} x {h} px at ratio {plan.ratio:.2f}, {plan.n_tiles} tiles, {plan.tokens} visual tokens"
-    print(f"{branch}: {seen_as}", file=sys.stderr)
+    tiles = "1 tile" if plan.n_tiles == 1 else f"{plan.n_tiles} tiles"
+    print(f"{branch}: {w} x {h} px at ratio {plan.ratio:.2f}, {tiles}, {plan.tokens} visual tokens", file=sys.stderr)
 
 
 def train(config: Annotated[Positional[str], arg(metavar="CONFIG")], /, out: Path, steps: int | None = None) -> None:
@@ -152,9 +151,7 @@ def evaluate(
 
     beside = checkpoint.find_model(model).parent / "data"
     data = data or (beside if beside.is_dir() else Path("runs/data"))
-    with contextlib.redirect_stdout(sys.stderr):  # what the builder of data sets says is not part of the result
-        found = recipe.judge(loaded, branch, vrc, screens, data)
-    print(json.dumps(found, indent=1))
+    print(json.dumps(recipe.judge(loaded, branch, vrc, screens, data), indent=1))
 
 
 def export(

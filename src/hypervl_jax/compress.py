@@ -10,6 +10,7 @@ Axes: N pictures, Q questions a picture, R ratios (ascending, the last one is 1)
 from __future__ import annotations
 
 import functools
+import itertools
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -167,10 +168,7 @@ def _table(losses: Numbers, n: int) -> np.ndarray:
 
 
 def predict(params: Params, cfg: VrcConfig, pixels: UInt8[np.ndarray, "H W 3"], scale: float = 1.0) -> float:
-    """The area ratio in [min_ratio, 1] to which this picture may shrink. `scale` is what `calibrate` found.
-
-    The caller skips pictures that fit one tile anyway: there is nothing to save.
-    """
+    """The area ratio in [min_ratio, 1] to which this picture may shrink. `scale` is what `calibrate` found."""
     alpha = predict_proxies(params, cfg, jnp.asarray(image.proxy(pixels, cfg.side))[None])[0]
     return float(unrescale(alpha, pixels.shape[:2], cfg, scale))
 
@@ -293,14 +291,17 @@ def calibrate(
     correct: Float[np.ndarray, "N R"],
     retain: float = 0.987,
 ) -> float:
-    """The smallest factor on predicted ratios that retains at least `retain` of the accuracy at full size.
+    """The smallest factor on predicted ratios from which it and every larger one retain at least `retain` of the
+    accuracy at full size; one that passes between others that do not passes by luck.
 
     Found on held-out pictures, handed to `predict(..., scale=)`: the dial between cost and quality.
     """
     grid, tokens, correct = _check_tables(ratios, tokens, correct)
-    for scale in np.geomspace(0.25, 4.0, 65):
-        if saving_retention(np.minimum(scale * predicted, 1.0), grid, tokens, correct).retained >= retain:
-            return float(scale)
+    scales = np.geomspace(4.0, 0.25, 65)
+    found = (saving_retention(np.minimum(f * predicted, 1.0), grid, tokens, correct).retained for f in scales)
+    good = [float(f) for f, _ in itertools.takewhile(lambda x: x[1] >= retain, zip(scales, found, strict=True))]
+    if good:
+        return good[-1]
     raise CompressError(f"no factor up to 4 retains {retain:.1%}: the predictions are far too small; train VRC longer")
 
 

@@ -256,6 +256,8 @@ def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
     values = {"config": config.to_dict(cfg), "classes": list(classes)}
     values["config"]["train"].pop("steps")
     if not path.exists():
-        path.write_text(json.dumps(values, indent=1))
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(values, indent=1))
+        part.replace(path)
     elif json.loads(path.read_text()) != values:
         raise TrainError(f"{path} is of a run with other settings: continue it with those, or choose another --out")

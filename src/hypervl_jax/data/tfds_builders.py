@@ -6,10 +6,12 @@ archive of drawings and by the code that composes, so that a stale one is never 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,8 @@ def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> di
     """
     builder = _builder(cfg, data_dir, progress)
     tfds.disable_progress_bar()  # one bar a split, ours
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(sys.stderr):  # what TFDS says is nobody's result
+        builder.download_and_prepare()
     return {s: ScreenSource(builder, s) for s in SETS if getattr(cfg, s)}
 
 
