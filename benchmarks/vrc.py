@@ -7,8 +7,9 @@
   over the tolerance  labels of the held-out screens themselves, from the model's own losses on their true answers: what
                     a perfect VRC would do (an oracle); with --retrain also a VRC trained anew on the stored labels read
                     under that tolerance, at its raw predictions
-  rank correlation  of the predicted ratio with what must stay legible: 1 / digit height^2 where there is a number,
-                    1 / size^2 of the smallest picture asked about where there are only pictures
+  rank correlation  of the predicted ratio with the legible scale: the largest (pixels needed / pixels there)^2 over the
+                    things of a screen, where a digit's height and a picture's longer side need what the model itself
+                    was found to need (median over the oracle's labels)
   overhead          multiply-adds of VRC over those of the encoder it relieves
 
 Tokens are all that the decoder sees of a picture: tiles, thumbnail, markers. Answers come from the branch that made the
@@ -30,12 +31,13 @@ from common import Bar, Interval, arguments, bootstrap, compile_cache, finish, l
 
 from hypervl_jax import compress, config, evaluate, plan, quickstart
 from hypervl_jax.checkpoint import Model
-from hypervl_jax.compress import Saving
-from hypervl_jax.config import BRANCHES, Config
+from hypervl_jax.compress import LabelSet, Saving
+from hypervl_jax.config import BRANCHES, Config, VrcTrainConfig
 from hypervl_jax.data.screens import Screen
 from hypervl_jax.evaluate import Answer
 from hypervl_jax.model import vrc
 
+SURE = 0.1  # nats a token: below it the model knows the answer
 TOLERANCES = (1.02, 1.05, 1.1, 1.2)
 FACTORS = tuple(float(f) for f in np.geomspace(0.25, 4, 9))
 PHONE = (2400, 1080)  # pixels, (height, width)
@@ -58,17 +60,33 @@ def retained(with_vrc: np.ndarray, without: np.ndarray, asked: np.ndarray) -> fl
     return float((with_vrc.sum(0) / total).sum() / (without.sum(0) / total).sum())
 
 
-def legible(screens: Sequence[Screen]) -> tuple[np.ndarray, np.ndarray]:
-    """(1 / digit height^2, 1 / size^2 of the smallest picture asked about) f64[n]: how much resolution a screen needs,
-    up to a factor; NaN where it has no number, or not only pictures that are asked about."""
-    number, picture = np.full((2, len(screens)), np.nan)
+def size_of(kind: str, box: Sequence[float]) -> float:
+    """Pixels: the height of a number's digits, the longer side of a picture."""
+    return box[3] - box[1] if kind == "digit" else max(box[2] - box[0], box[3] - box[1])
+
+
+def legible_sizes(screens: Sequence[Screen], found: LabelSet, how: VrcTrainConfig) -> dict[str, float]:
+    """Pixels that a thing of each kind needs, by the model's own losses: the median of size times root of label over
+    the questions about one thing that the model answers at full size (loss under `SURE`)."""
+    asked = np.nan_to_num(found.losses, nan=np.inf)
+    labels = compress.label(np.where(np.isfinite(asked), asked, 1e9), found.ratios, how.tolerance, how.floor, how.rule)
+    sizes: dict[str, list[float]] = {"digit": [], "picture": []}
+    for screen, loss, each in zip(screens, asked[..., -1], labels, strict=True):
+        for q, full, label in zip(screen.questions, loss, each, strict=False):
+            if q.box is not None and full < SURE:
+                kind = "digit" if q.task == "read" else "picture"
+                sizes[kind].append(size_of(kind, q.box) * label**0.5)
+    return {kind: float(np.median(px)) if px else float("nan") for kind, px in sizes.items()}
+
+
+def legible(screens: Sequence[Screen], least: dict[str, float]) -> dict[str, np.ndarray]:
+    """How much of its area a screen must keep, f64[n]: the largest (`least` / size)^2 over the things it shows. "all",
+    and NaN but for screens that need most for a "number" or for a "picture"."""
+    need, kind = np.zeros(len(screens)), np.full(len(screens), "       ")
     for i, s in enumerate(screens):
-        sizes = [max(q.box[2] - q.box[0], q.box[3] - q.box[1]) for q in s.questions if q.box is not None]
-        if s.digit_height:
-            number[i] = s.digit_height**-2
-        elif sizes:
-            picture[i] = min(sizes) ** -2.0
-    return number, picture
+        need[i], kind[i] = max(((least[t.kind] / size_of(t.kind, t.box)) ** 2, t.kind) for t in s.things)
+    only = {name: np.where(kind == k, need, np.nan) for name, k in (("number", "digit"), ("picture", "picture"))}
+    return {"all": need, **only}
 
 
 def follows(ratios: np.ndarray, need: np.ndarray) -> float:
@@ -81,10 +99,11 @@ def quarters(ratios: np.ndarray, need: np.ndarray) -> list[dict[str, float]]:
     """Mean ratio of the quarter of screens that needs least resolution, and so on."""
     some = np.flatnonzero(np.isfinite(need))
     parts = np.array_split(some[np.argsort(need[some], kind="stable")], 4)
-    sizes = [
-        (float(need[p].max() ** -0.5), float(need[p].min() ** -0.5), float(ratios[p].mean())) for p in parts if len(p)
+    return [
+        {"from": float(need[p].min()), "to": float(need[p].max()), "mean_ratio": float(ratios[p].mean())}
+        for p in parts
+        if len(p)
     ]
-    return [{"from_px": a, "to_px": b, "mean_ratio": r} for a, b, r in sizes]
 
 
 class Tables(NamedTuple):
@@ -190,17 +209,16 @@ def main() -> int:
     edge = tables.edge()
     print(f"\nretained above the best constant policy of equal cost: {edge}")
 
-    number, picture = legible(screens)
-    ranks = {
-        "number": follows(predicted, number),
-        "picture": follows(predicted, picture),
-        **{f"number_oracle_{t}": follows(r, number[some]) for t, r in oracle.items()},
-    }
+    least = legible_sizes(subset, losses, cfg.vrc)
+    print("pixels needed: " + ", ".join(f"{kind} {px:.1f}" for kind, px in least.items()))
+    need = legible(screens, least)
+    ranks = {name: follows(predicted, n) for name, n in need.items()}
+    ranks |= {f"oracle_{t}": follows(r, need["all"][some]) for t, r in oracle.items()}
     print("rank correlation with the legible scale: " + ", ".join(f"{k} {v:.3f}" for k, v in ranks.items()))
-    by_size = {"number": quarters(predicted, number), "picture": quarters(predicted, picture)}
-    for kind, rows in by_size.items():
-        line = ", ".join(f"{r['from_px']:.0f}-{r['to_px']:.0f} px {r['mean_ratio']:.2f}" for r in rows)
-        print(f"mean ratio by size of the {kind}: {line}")
+    by_need = {kind: quarters(predicted, n) for kind, n in need.items()}
+    for kind, rows in by_need.items():
+        line = ", ".join(f"{r['from']:.2f}-{r['to']:.2f} {r['mean_ratio']:.2f}" for r in rows)
+        print(f"mean ratio by need, {kind}: {line}")
     share = overhead(model, screens)
     print("VRC over encoder, multiply-adds: " + ", ".join(f"{k} {v:.2%}" for k, v in share.items()))
 
@@ -208,12 +226,13 @@ def main() -> int:
         Bar("vrc.tokens_saved", saved.mean, 0.2),
         Bar("vrc.retained", held.mean, 0.987),
         Bar("vrc.beats_constant_bound", edge.low, 0.0),
-        Bar("vrc.rank_correlation", ranks["number"], 0.7),
+        Bar("vrc.rank_correlation", ranks["all"], 0.7),
     ]
     metrics = {
         "model": where, "screens": len(screens), "table_screens": len(some), "scale": model.info.get("vrc_scale", 1.0),
         "tokens_saved": saved._asdict(), "retained": held._asdict(), "retained_tasks": tasks, "curves": curves,
-        "above_constant": edge._asdict(), "rank_correlation": ranks, "ratio_by_size": by_size, "overhead": share,
+        "above_constant": edge._asdict(), "rank_correlation": ranks,
+        "pixels_needed": least, "ratio_by_need": by_need, "overhead": share,
     }  # fmt: skip
     return finish("vrc", metrics, bars, args)
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from hypervl_jax import train
-from hypervl_jax.config import BRANCHES
-from hypervl_jax.data.screens import Question, Screen
+from hypervl_jax.compress import LabelSet
+from hypervl_jax.config import BRANCHES, VrcTrainConfig
+from hypervl_jax.data.screens import Question, Screen, Thing
 from hypervl_jax.evaluate import Answer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -168,16 +169,31 @@ def test_retained_is_the_mean_over_tasks(load):
     assert vrc.retained(kept, right, asked) == pytest.approx(2 / 3)
 
 
-def screen(digit_height, *boxes):
-    questions = tuple(Question("find", "?", "", box) for box in boxes)
-    return Screen(np.zeros((9, 9, 3), np.uint8), (), questions, "", digit_height)
+def screen(*things):
+    """A screen of (kind, box), each asked about once."""
+    tasks = {"digit": "read", "picture": "name"}
+    questions = tuple(Question(tasks[kind], "?", "", box) for kind, box in things)
+    return Screen(np.zeros((9, 9, 3), np.uint8), tuple(Thing("", *t, "") for t in things), questions, "", 0.0)
 
 
-def test_the_legible_scale_is_of_the_number_or_of_the_smallest_picture(load):
-    screens = [screen(10.0, (0, 0, 2, 2)), screen(0.0, (0, 0, 4, 8), (0, 0, 5, 2)), screen(0.0, None)]
-    number, picture = load("vrc").legible(screens)
-    np.testing.assert_allclose(number, [0.01, np.nan, np.nan])
-    np.testing.assert_allclose(picture, [np.nan, 0.04, np.nan])
+DIGIT, LARGE, SMALL = ("digit", (0, 0, 30, 10)), ("picture", (0, 0, 20, 40)), ("picture", (0, 0, 10, 10))
+
+
+def test_the_legible_scale_is_of_the_thing_that_needs_most(load):
+    need = load("vrc").legible([screen(DIGIT, LARGE), screen(DIGIT, SMALL)], {"digit": 5.0, "picture": 8.0})
+    np.testing.assert_allclose(need["all"], [0.25, 0.64])
+    np.testing.assert_allclose(need["number"], [0.25, np.nan])
+    np.testing.assert_allclose(need["picture"], [np.nan, 0.64])
+
+
+def test_what_a_thing_needs_is_measured_on_the_models_losses(load):
+    """A digit of 10 px that is read at a quarter of the area needs 5; a picture that is never known says nothing."""
+    ratios = np.array([0.25, 0.5, 1.0])
+    losses = np.array([[[0.01, 0.01, 0.01], [2.0, 2.0, 2.0]]])
+    found = LabelSet(ratios, losses, np.array([1.0]))
+    least = load("vrc").legible_sizes([screen(DIGIT, LARGE)], found, VrcTrainConfig())
+    assert least["digit"] == pytest.approx(5.0)
+    assert np.isnan(least["picture"])
 
 
 def test_following_the_legible_scale(load):
@@ -188,8 +204,7 @@ def test_following_the_legible_scale(load):
     assert vrc.follows(-ratios, need) == pytest.approx(-1)
     assert np.isnan(vrc.follows(ratios, np.full(5, np.nan)))
     assert [row["mean_ratio"] for row in vrc.quarters(ratios, need)] == [0.1, 0.2, 0.3, 0.4]
-    assert vrc.quarters(ratios, need)[0]["from_px"] == pytest.approx(1)
-    assert vrc.quarters(ratios, need)[3]["to_px"] == pytest.approx(0.25)
+    assert vrc.quarters(ratios, need)[3] == {"from": 16, "to": 16, "mean_ratio": 0.4}
 
 
 def test_vrc_is_measured_against_the_best_constant(load):

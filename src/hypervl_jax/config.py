@@ -215,7 +215,7 @@ class TrainConfig:
     b1: float = 0.9
     b2: float = 0.95
     seed: int = 0
-    scan: bool = True  # one compiled layer body; False unrolls it: slower to compile, faster steps on CPU
+    scan: bool = True  # one compiled layer body; False unrolls it, which small models on a CPU run faster
     remat: bool = False
     log_every: int = 10
     save_every: int = 500
@@ -322,7 +322,7 @@ def quickstart() -> Config:
         "quickstart",
         model,
         DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(64, 96)),
-        TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, save_every=400),
+        TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400),
         DclConfig(),
         VrcTrainConfig(steps=200, batch=32),
     )
