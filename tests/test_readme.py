@@ -5,6 +5,7 @@ preset, `screen.png` by a picture (that of `examples/` by its path), `phone` by 
 may name `make` targets only.
 """
 
+import importlib.util
 import json
 import re
 import shlex
@@ -78,3 +79,11 @@ def test_memory_figures_are_those_measured():
     few, many = (rows[int(n)] for n in said.group(2, 3))
     assert {f"{r['serial'] / 1e6:.1f}" for r in (few, many)} == {said[1]}
     assert (f"{few['whole'] / 1e9:.1f}", f"{many['whole'] / 1e9:.1f}") == said.group(4, 5)
+
+
+def test_figures_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "scripts" / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(figures := importlib.util.module_from_spec(spec))
+    assert figures.figures() in README, "run python scripts/figures.py"

@@ -1,0 +1,124 @@
+"""Writes the figures of README.md from `benchmarks/results/`, between the markers that frame them.
+
+    python scripts/figures.py            rewrite the README
+    python scripts/figures.py --check    only say whether it is up to date (exit status 1 if not)
+
+Figures are never typed by hand: a test runs the check.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- figures: scripts/figures.py -->", "<!-- end of figures -->"
+Result = dict[str, Any]
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def spread(row: dict[str, float]) -> str:
+    """A share with its 95 % interval, in per cent."""
+    return f"{percent(row['mean'])} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+
+
+def where(result: Result) -> str:
+    """The command, and the machine it ran on."""
+    machine = result["machine"]
+    kind = machine.get("kind") or machine["device"]
+    return f"`{result['command']}`, {machine['cores']} {kind.upper()} cores"
+
+
+def accuracy(tables: dict[str, Any], controls: dict[str, dict[str, float]]) -> list[str]:
+    """Rows of a table: a task a line, Base and Large, and the better of the controls."""
+    rows = ["| | Base | Large | not looking |", "|---|---|---|---|"]
+    for task in tables["base"]:
+        name, art = task.rsplit("_", 1)
+        blind = max(c.get(task, 0.0) for c in controls.values())
+        both = " | ".join(spread(tables[b][task]) for b in ("base", "large"))
+        rows.append(
+            f"| {name}, {'artist never seen' if art == 'unseen' else 'known artists'} | {both} | {percent(blind)} |"
+        )
+    return rows
+
+
+def prose(*parts: str) -> list[str]:
+    return textwrap.wrap(" ".join(parts), 120, break_on_hyphens=False)
+
+
+def nano(r: Result) -> list[str]:
+    m = r["metrics"]
+    said = prose(
+        f"**The weights that ship**, {m['screens']:,} held-out screens: per cent right with 95 % intervals;",
+        "the last column is the better of two controls, the most common answer and the same model",
+        f"shown another picture ({where(r)}):",
+    )
+    return [*said, "", *accuracy(m["accuracy"], m["controls"])]
+
+
+def quickstart(r: Result) -> list[str]:
+    total, memory = f"{r['seconds']['total']:.0f} s in all", f"{r['peak_rss_gb']:.1f} GB"
+    return [f"**One quickstart run**, {total} and {memory} ({where(r)}):", "", *accuracy(r["accuracy"], r["controls"])]
+
+
+def vrc(r: Result) -> list[str]:
+    m = r["metrics"]
+    saved, held, edge = m["tokens_saved"], m["retained"], m["above_constant"]
+    gap, low, high = (f"{100 * edge[k]:.1f}" for k in ("mean", "low", "high"))
+    return prose(
+        f"**VRC** saves {percent(saved['mean'])} % of the visual tokens and keeps {percent(held['mean'])} %",
+        f"({percent(held['low'])}-{percent(held['high'])}) of the accuracy;",
+        f"the best constant ratio of equal cost keeps {gap} points less ({low}-{high}).",
+        "Its ratio follows what must stay legible with rank correlation",
+        f"{m['rank_correlation']['all']:.2f} ({where(r)}).",
+    )
+
+
+def dcl(r: Result) -> list[str]:
+    m = r["metrics"]
+    agree, base, large = (f"{100 * m[f'{k}_gain']['mean']:+.1f}" for k in ("agreement", "base", "large"))
+    on, off = (f"{100 * cost['mean']:.1f}" for cost in m["switch_cost"].values())
+    return prose(
+        f"**DCL**, {len(r['seeds'])} seeds with and without the KL term on the same data:",
+        f"the divergence of Base from Large falls to {percent(m['divergence_ratio'])} % of what it is without;",
+        f"the branches give the same answer {agree} points more often,",
+        f"Base is right {base} points more often, Large {large}.",
+        f"Switching from Large to Base costs {on} points with the term, {off} without ({where(r)}).",
+    )
+
+
+SECTIONS: dict[str, Callable[[Result], list[str]]] = {"nano": nano, "vrc": vrc, "dcl": dcl, "quickstart": quickstart}
+
+
+def figures(results: Path = RESULTS) -> str:
+    """The framed part: what has been measured, in the order of `SECTIONS`."""
+    lines = [START]
+    for name, section in SECTIONS.items():
+        path = results / f"{name}-cpu.json"
+        if path.exists():
+            lines += ["", *section(json.loads(path.read_text()))]
+    return "\n".join([*lines, "", END])
+
+
+def main(argv: list[str]) -> int:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    head, rest = text.split(START)
+    new = head + figures() + rest.split(END)[1]
+    if "--check" in argv:
+        print("README.md is up to date" if new == text else "README.md is stale: run python scripts/figures.py")
+        return int(new != text)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
