@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup parity quickstart nano test lint typecheck format bench bench-gpu wheel clean
+.PHONY: help setup parity quickstart nano test lint typecheck format bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,10 +54,7 @@ typecheck: $(STAMP) ## pyright on src
 	$(BIN)/pyright
 
 bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
-	@status=0; for f in benchmarks/*.py; do [ $$f = benchmarks/gpu.py ] || $(BIN)/python $$f || status=1; done; exit $$status
-
-bench-gpu: $(STAMP) ## the figures that need an accelerator
-	$(BIN)/python benchmarks/gpu.py
+	@status=0; for f in tiling_memory dcl vrc nano; do $(BIN)/python benchmarks/$$f.py || status=1; done; exit $$status
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -143,7 +143,7 @@ def bars(name: str, rows: list[dict]) -> list[Bar]:
         return min(values) / max(values)
 
     return [
-        *(Bar(f"{name}.{way}_flat", flat(way), FLAT) for way in ("serial", "host")),
+        Bar(f"{name}.serial_flat", flat("serial"), FLAT),
         *(Bar(f"{name}.{way}_grows", rows[-1][way] / rows[0][way], more / 2) for way in ("whole", "chunked")),
         Bar(f"{name}.whole_over_serial", rows[-1]["whole"] / rows[-1]["serial"], more),
     ]

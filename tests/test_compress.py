@@ -318,3 +318,13 @@ def test_spearman_by_hand():
     assert compress.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # a tie
     assert compress.spearman([10, 20, 30, 40, 50], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
     assert np.isnan(compress.spearman([1, 2, 3], [1, 1, 1]))
+
+
+def test_what_vrc_learns_from_is_varied_and_padding_stays_black():
+    rng, proxies = np.random.default_rng(0), np.zeros((8, 6, 6, 3), np.uint8)
+    proxies[:, :2, :3] = [200, 100, 50]
+    got = compress._varied(rng, proxies)
+    assert {(p > 0).any(-1).sum() for p in got} == {6}  # as much picture as there was
+    assert len({p.tobytes() for p in got}) == 8
+    assert got.max() <= 200
+    assert (proxies[:, :2, :3] == [200, 100, 50]).all()

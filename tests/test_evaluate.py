@@ -169,3 +169,12 @@ def direct(model, branch, pixels, ratio, question):
     nats = [-chance[t - 1, row.ids[t]] for t in np.flatnonzero(row.loss)]
     assert len(nats) >= 2
     return float(np.mean(nats))
+
+
+def test_worth_averages_to_the_mean_over_tasks():
+    """Three easy questions and a hard one: by questions 3 of 4 are right, by tasks a half."""
+    answers = [evaluate.Answer(i, "name", "", "", True) for i in (0, 0, 1)]
+    answers.append(evaluate.Answer(2, "read", "", "", False))
+    found = evaluate.worth(answers, 4)
+    assert found.mean() == pytest.approx(0.5)
+    assert (found > 0).tolist() == [True, True, False, False]

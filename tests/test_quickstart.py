@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,38 @@ def cheap(monkeypatch):
     monkeypatch.setattr(compress, "train", lambda key, params, *_: (params, np.zeros(4)))
     monkeypatch.setattr(quickstart, "_calibrate", lambda *_: 0.7)
     return steps
+
+
+def test_a_recipe_without_screens_to_label_is_refused_at_once(tiny_config, tmp_path):
+    screens = replace(tiny_config.data.screens, label=0)
+    with pytest.raises(ConfigError, match=r"data\.screens\.label"):
+        quickstart.make_model(replace(tiny_config, data=replace(tiny_config.data, screens=screens)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_uncalibrated_vrc_is_said_and_recorded(tiny_model, tiny_config, monkeypatch, capsys):
+    def fails(*_):
+        raise compress.CompressError("no factor")
+
+    monkeypatch.setattr(quickstart, "tables", lambda *_: (np.ones(1), np.ones(1)))
+    monkeypatch.setattr(evaluate, "ratios", lambda *_: None)
+    monkeypatch.setattr(compress, "calibrate", fails)
+    assert quickstart._calibrate(tiny_model, tiny_config, []) is None
+    assert "no factor" in capsys.readouterr().out
+
+
+def test_the_shuffled_control_is_the_better_branch(tiny_model, tiny_source, monkeypatch):
+    """One screen has no other picture to be shown."""
+
+    def run(model, branch, screens, shuffled, progress):
+        return [evaluate.Answer(0, "name", "", "", branch == "base")]
+
+    monkeypatch.setattr(evaluate, "run", run)
+    monkeypatch.setattr(evaluate, "majority", lambda screens, coords: {"name": 0.1})
+    tests = {"test_known": [tiny_source[0], tiny_source[1]], "test_unseen": [tiny_source[2]]}
+    found = quickstart.without_looking(tiny_model, tests)
+    assert found["shuffled"] == {"name_known": 1.0}
+    assert found["majority"] == {"name_known": 0.1, "name_unseen": 0.1}
 
 
 def interrupted(monkeypatch, module, name, when):

@@ -236,3 +236,10 @@ def test_stage_0_holds_the_peak_and_the_cosine_spans_the_rest(cfg):
     np.testing.assert_allclose(rates[:10], [0.5, 1.0, 1.5, *[2.0] * 7])
     np.testing.assert_allclose(rates[10:14], [0.25, 0.5, 0.75, 1.0])
     assert rates[-1] == pytest.approx(0.1)
+
+
+def test_screens_that_fit_no_bucket_are_found_before_the_first_step(cfg, run, tmp_path):
+    few = replace(cfg, data=replace(cfg.data, tile_buckets=(1,), lengths=(96,)))
+    with pytest.raises(ValueError, match="tile_buckets"):
+        run(tmp_path, few)
+    assert not list(tmp_path.iterdir())

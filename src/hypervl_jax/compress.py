@@ -202,8 +202,10 @@ def train(
 ) -> tuple[Params, Float[np.ndarray, " steps"]]:
     """Regress `targets` (alpha', see `rescale`) from `proxies` (u8, or float in 0..1; [N S S 3]) by squared error.
 
-    AdamW, 5 % warm-up, cosine to zero; epochs are permutations drawn from `key`. Returns the parameters, statistics
-    included, and the loss of every step. Raises `CompressError` on unusable input and when the loss is not finite.
+    AdamW, 5 % warm-up, cosine to zero; epochs are permutations drawn from `key`. Every time a proxy is shown, it is
+    mirrored, its colours swapped and its contrast changed at random: what is legible stays so. Returns the parameters,
+    statistics included, and the loss of every step. Raises `CompressError` on unusable input and when the loss is not
+    finite.
     """
     n = len(proxies)
     targets = np.asarray(targets, np.float32)
@@ -221,13 +223,22 @@ def train(
             if len(order) < how.batch:
                 order = np.concatenate([order, rng.permutation(n)])
             pick, order = order[: how.batch], order[how.batch :]
-            params, opt, loss = _step(params, opt, proxies[pick], targets[pick], cfg, how)
+            params, opt, loss = _step(params, opt, _varied(rng, proxies[pick]), targets[pick], cfg, how)
             losses.append(loss)
             if step % 20 == 0 or step + 1 == how.steps:  # reading the loss waits for the device
                 if not np.isfinite(loss):
                     raise CompressError(f"the loss is {float(loss)} by step {step}; lower the rate {how.lr}")
                 bar.set_postfix(mse=f"{float(loss):.4f}")
     return params, np.asarray(losses, np.float32)
+
+
+def _varied(rng: np.random.Generator, proxies: np.ndarray) -> np.ndarray:
+    """Other pictures that bear as much shrinking. Black stays black: it is padding."""
+    out = np.empty_like(proxies)
+    for i, proxy in enumerate(proxies):
+        rows, columns = (slice(None, None, step) for step in rng.choice([-1, 1], 2))
+        out[i] = proxy[rows, columns][..., rng.permutation(3)] * rng.uniform(0.6, 1.0)
+    return out
 
 
 def _optimizer(how: VrcTrainConfig) -> optax.GradientTransformation:

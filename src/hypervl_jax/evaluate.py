@@ -177,7 +177,7 @@ def run(
     progress: str = "",
 ) -> list[Answer]:
     """Every question of every screen, at area ratios `shrink` (1 if None). `shuffled` shows each question the next
-    screen's picture instead: what the model knows without looking."""
+    screen's picture instead, of two screens or more: what the model knows without looking."""
     shrink = np.ones(len(screens)) if shrink is None else shrink
     jobs = []
     for i, screen in enumerate(screens):
@@ -284,6 +284,16 @@ def per_screen(answers: Sequence[Answer], n: int) -> np.ndarray:
     asked = np.bincount(where, minlength=n).astype(float)
     right = np.bincount(where, weights=[a.correct for a in answers], minlength=n)
     return np.divide(right, asked, out=np.full(n, np.nan), where=asked > 0)
+
+
+def worth(answers: Sequence[Answer], n: int) -> np.ndarray:
+    """f64[n]: right answers about each of n screens, so weighed that their mean over screens is the mean accuracy over
+    tasks; 0 where nothing was asked."""
+    asked = Counter(a.task for a in answers)
+    out = np.zeros(n)
+    for a in answers:
+        out[a.screen] += a.correct * n / (len(asked) * asked[a.task])
+    return out
 
 
 def majority(screens: Iterable[Screen], coords: int) -> dict[str, float]:

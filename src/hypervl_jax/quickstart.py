@@ -1,5 +1,5 @@
 """The whole path as one resumable recipe: data, training, VRC, evaluation, export, answers from the exported files,
-report. `hypervl quickstart` runs it small, `--preset nano` makes the weights that ship.
+report. `hypervl quickstart` runs it small, `--config nano` makes the weights that ship.
 
 Each stage leaves its result in `OUT/stages/NAME.json`; a stage that is there is not run again.
 """
@@ -42,7 +42,6 @@ class Stages:
 
     def __init__(self, out: Path):
         self.path = out / "stages"
-        self.path.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -55,6 +54,7 @@ class Stages:
             start = time.monotonic()
             result = compute()
             stored = {"seconds": time.monotonic() - start, "result": result}
+            self.path.mkdir(parents=True, exist_ok=True)
             _write(path, stored)
         self.seconds[name] = stored["seconds"]
         return stored["result"]
@@ -84,11 +84,14 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> text.Tokenizer:
 def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Model:
     """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
 
-    Raises `ConfigError` if `out` holds a run with other settings.
+    Raises `ConfigError` if `out` holds a run with other settings, or if a set it needs is to be empty.
     """
     from hypervl_jax.data import tfds_builders
 
     out = Path(out)
+    for name in ("train", "sheets", "label"):
+        if not getattr(cfg.data.screens, name):
+            raise config.ConfigError(f"data.screens.{name}: at least 1, a model is made from them")
     out.mkdir(parents=True, exist_ok=True)
     _same_config(out / "config.json", cfg)
     stage, screens = stage or Stages(out), cfg.data.screens
@@ -280,31 +283,31 @@ def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_d
     cut = len(screens) * 3 // 4
     model, history = fit_vrc(model, cfg, screens[:cut], found.first(cut))
     scale = _calibrate(model, cfg, screens[cut:])
-    info = {"config": config.to_dict(cfg), "vrc_scale": scale}
+    info = {"config": config.to_dict(cfg), "vrc_scale": scale or 1.0}
     checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, half=True)
-    return {"mse": float(history[-20:].mean()), "scale": scale}
+    return {"mse": float(history[-20:].mean()), "scale": scale or 1.0, "calibrated": scale is not None}
 
 
 def tables(
     model: Model, branch: config.Branch, screens: Sequence[Screen], ratios: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, correct) f64[n ratios]: what each picture costs and is worth at each ratio; worth is the mean over its
-    questions."""
+    """(tokens, correct) f64[n ratios]: what each picture costs and is worth at each ratio (`evaluate.worth`)."""
     tokens = np.array([[cost(s, r, model) for r in ratios] for s in screens], float)
     correct = np.zeros_like(tokens)
     for j, r in enumerate(ratios):
         said = evaluate.run(model, branch, screens, [r] * len(screens), progress=f"at {r:.1f}")
-        correct[:, j] = evaluate.per_screen(said, len(screens))
+        correct[:, j] = evaluate.worth(said, len(screens))
     return tokens, correct
 
 
-def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float:
-    """The factor on predictions that keeps `RETAIN` of the accuracy on pictures VRC has not seen; 1 if none does."""
+def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float | None:
+    """The factor on predictions that keeps `RETAIN` of the accuracy on pictures VRC has not seen; None if none does."""
     tokens, correct = tables(model, cfg.vrc.branch, screens, cfg.vrc.ratios)
     try:
         return compress.calibrate(evaluate.ratios(model, screens), cfg.vrc.ratios, tokens, correct, RETAIN)
-    except compress.CompressError:
-        return 1.0
+    except compress.CompressError as e:
+        print(f"VRC is not calibrated, its predictions are taken as they are: {e}")
+        return None
 
 
 def cost(screen: Screen, ratio: float, model: Model) -> int:
@@ -316,14 +319,21 @@ def _plan(screen: Screen, ratio: float, model: Model) -> VisionPlan:
     return plan.make(screen.image.shape[:2], float(ratio), model.config.policy)
 
 
-def without_looking(model: Model, tests: dict[str, list[Screen]]) -> dict[str, dict[str, float]]:
-    """What needs no looking: the most common answer, and the model shown another screen's picture."""
+def without_looking(model: Model, tests: dict[str, list[Screen]], n: int = 400) -> dict[str, dict[str, float]]:
+    """What needs no looking: the most common answer, and the better branch shown another screen's picture (the first
+    `n` of each split; nothing where there is no other screen)."""
     coords = model.config.text.coords
     most = {s: evaluate.majority(tests[s], coords) for s in SPLITS}
-    blind = {s: evaluate.run(model, "large", tests[s][:400], shuffled=True, progress=f"shuffled {s}") for s in SPLITS}
+    shown = {s: some[:n] for s, some in tests.items() if len(some) > 1}
+    blind = [
+        per_task({
+            s: evaluate.run(model, b, some, shuffled=True, progress=f"shuffled {b} {s}") for s, some in shown.items()
+        })
+        for b in BRANCHES
+    ]  # fmt: skip
     return {
         "majority": {f"{t}_{s.removeprefix('test_')}": x for s in SPLITS for t, x in most[s].items()},
-        "shuffled": {t: a["mean"] for t, a in per_task(blind).items()},
+        "shuffled": {t: max(found[t]["mean"] for found in blind) for t in blind[0]},
     }
 
 
@@ -366,7 +376,7 @@ def savings(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) ->
 def _export(model: Model, tests: dict[str, list[Screen]], out: Path) -> dict:
     from hypervl_jax.export import parts
 
-    made = parts.export(model, out, verify_images=[tests[s][i].image for s in SPLITS for i in range(2)])
+    made = parts.export(model, out, verify_images=[s.image for split in SPLITS for s in tests[split][:2]])
     return {
         "bytes": {p.name: p.file.bytes for p in made.parts},
         "ops": sorted({op for p in made.parts for op in p.ops}),

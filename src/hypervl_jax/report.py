@@ -103,7 +103,11 @@ def page(summary: Summary, curves: Sequence[Mapping[str, Any]], samples: Sequenc
 
 def _headline(summary: Summary) -> str:
     tiles = [
-        *((f"{b.capitalize()} accuracy", percent(m)) for b in BRANCHES if (m := mean_accuracy(summary, "accuracy", b))),
+        *(
+            (f"{b.capitalize()} accuracy", percent(m))
+            for b in BRANCHES
+            if (m := mean_accuracy(summary, "accuracy", b)) is not None
+        ),
         ("visual tokens saved", percent(get(summary, "vrc", "tokens_saved"))),
         ("accuracy kept by VRC", percent(get(summary, "vrc", "retained"))),
         ("exported = JAX", percent(get(summary, "export", "same_answers"))),

@@ -103,7 +103,7 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
 
     The image-name term reads twice: patches through a table of its own, and the tokens that the decoder will see
     through the decoder's own head, where each thing should already say the first token of its name. The second teaches
-    the projector alone: tokens are too coarse to teach an encoder small things.
+    projector and head, not the encoder: tokens are too coarse to teach it small things.
     """
     params = {**fixed, **trained}
     seen = {b: patches(params, cfg, b, batch) for b in job.branches}
@@ -176,9 +176,12 @@ def run(
     """Trains to `cfg.train.steps`, stage 0 on `sheets` and the rest on `source`, resuming from the newest checkpoint
     under `out`. Writes `out/log.jsonl`.
 
-    Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings.
+    Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings, `ValueError` for screens that
+    fit no bucket.
     """
     out = Path(out)
+    for some in (sheets, source):  # found out now, not after stage 0
+        pipeline.schedule(some.sizes, cfg.data, cfg.model.policy, cfg.train.seed, 1)
     out.mkdir(parents=True, exist_ok=True)
     _same_run(out / "train.json", cfg, classes)
     ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)
