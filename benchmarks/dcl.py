@@ -31,6 +31,7 @@ import numpy as np
 from common import HERE, Bar, arguments, compile_cache, finish, paired
 
 from hypervl_jax import checkpoint, config, evaluate, quickstart, train
+from hypervl_jax import judge as judging
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
 from hypervl_jax.data import tfds_builders
@@ -199,8 +200,8 @@ def main() -> int:
             print(f"no finished runs under {args.runs}: the tiny preset shows that the path is whole")
             cfg, seeds, args.runs = replace(config.tiny(), name="dcl"), [0], HERE.parent / ".cache" / "dcl-tiny"
     lab = Lab.open(args.runs, cfg)
-    tests = quickstart.held_out(cfg, args.runs / "data", 200 if args.quick else None)
-    screens = [s for split in quickstart.SPLITS for s in tests[split]]
+    tests = judging.held_out(cfg, args.runs / "data", 200 if args.quick else None)
+    screens = [s for split in judging.SPLITS for s in tests[split]]
     wanted = [(name, s) for s in seeds for name in (ON, OFF)] + [(NAMELESS, seeds[0])] * nameless
     judged = {(n, s): judge(lab.trained(n, s), screens) for n, s in wanted}
     rows = {f"{n}-{s}": r.row() for (n, s), r in judged.items()}

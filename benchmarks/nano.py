@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from common import Bar, arguments, compile_cache, finish, load_model, model_options, wilson
 
-from hypervl_jax import evaluate, quickstart
+from hypervl_jax import evaluate, judge
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES
 from hypervl_jax.data.screens import Screen
@@ -81,8 +81,8 @@ def main() -> int:
     args = arguments(__doc__, more=model_options)
     compile_cache()
     model, where = load_model(args.model)
-    cfg = quickstart.trained_on(model)
-    tests = quickstart.held_out(cfg, args.data, 100 if args.quick else None)
+    cfg = judge.trained_on(model)
+    tests = judge.held_out(cfg, args.data, 100 if args.quick else None)
     count = sum(len(s) for s in tests.values())
     print(f"{where}: {count} held-out screens", flush=True)
     ratios = {s: evaluate.ratios(model, some) for s, some in tests.items()}
@@ -95,10 +95,10 @@ def main() -> int:
             for s, some in tests.items()
         }
     seconds = time.perf_counter() - start
-    tables = {name_of(*way): quickstart.per_task(said[f"eval_{name_of(*way)}"]) for way in WAYS}
-    controls = quickstart.without_looking(model, tests)
+    tables = {name_of(*way): judge.per_task(said[f"eval_{name_of(*way)}"]) for way in WAYS}
+    controls = judge.without_looking(model, tests)
     show(tables, controls)
-    saved = quickstart.savings(cfg, model, tests, ratios, said)
+    saved = judge.savings(cfg, model, tests, ratios, said)
     print(f"\nVRC: {saved['tokens_saved']:.1%} of tokens saved, {saved['retained']:.1%} of accuracy retained")
     first = [s for some in tests.values() for s in some[:48]]
     speed = speeds(model, first, np.concatenate([r[:48] for r in ratios.values()]), 1 if args.quick else 5)

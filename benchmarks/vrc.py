@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from common import Bar, Interval, arguments, bootstrap, compile_cache, finish, load_model, model_options
 
-from hypervl_jax import compress, config, evaluate, plan, quickstart
+from hypervl_jax import compress, config, evaluate, judge, plan, quickstart
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.compress import LabelSet, Saving
 from hypervl_jax.config import BRANCHES, Config, VrcTrainConfig
@@ -139,7 +139,7 @@ def overhead(model: Model, screens: Sequence[Screen]) -> dict[str, float]:
 def retrain(model: Model, cfg: Config, labels: Path, data: Path, held: Sequence[Screen]) -> dict[float, np.ndarray]:
     """What a VRC trained on the stored labels under each tolerance predicts for held-out screens, unscaled."""
     found, out = compress.LabelSet.load(labels), {}
-    screens = quickstart.split(cfg, data, "label", len(found.labels))
+    screens = judge.split(cfg, data, "label", len(found.labels))
     fresh = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc)
     for tolerance in TOLERANCES:
         how = replace(cfg, vrc=replace(cfg.vrc, tolerance=tolerance))
@@ -157,13 +157,13 @@ def show(title: str, rows: dict[str, Saving]) -> dict[str, dict[str, float]]:
 
 def bought(model: Model, screens: list[Screen], known: int, predicted: np.ndarray) -> tuple[Interval, Interval, dict]:
     """(tokens saved, accuracy retained, retained of each task on known and on unseen art) at the predicted ratios."""
-    branch = quickstart.trained_on(model).vrc.branch
+    branch = judge.trained_on(model).vrc.branch
     ways = {"full size": None, "VRC": predicted}
     said = [evaluate.run(model, branch, screens, ratios, progress=way) for way, ratios in ways.items()]
     (right, asked), (kept, _) = (hits(answers, len(screens), known) for answers in said)
     held = bootstrap(lambda i: retained(kept[i], right[i], asked[i]), len(screens))
     pairs = zip(screens, predicted, strict=True)
-    cost = np.array([[quickstart.cost(s, ratio, model) for ratio in (r, 1.0)] for s, r in pairs])
+    cost = np.array([[judge.cost(s, ratio, model) for ratio in (r, 1.0)] for s, r in pairs])
     saved = bootstrap(lambda i: 1 - cost[i, 0].sum() / cost[i, 1].sum(), len(screens))
     with np.errstate(invalid="ignore", divide="ignore"):
         each = (kept.sum(0) / right.sum(0)).reshape(-1, 2).tolist()
@@ -183,10 +183,10 @@ def main() -> int:
     args = arguments(__doc__, more=options)
     compile_cache()
     model, where = load_model(args.model)
-    cfg = quickstart.trained_on(model)
+    cfg = judge.trained_on(model)
     grid = (0.1, 0.4, 0.7, 1.0) if args.quick else cfg.vrc.ratios
-    tests = quickstart.held_out(cfg, args.data, 60 if args.quick else None)
-    known, screens = len(tests[quickstart.SPLITS[0]]), [s for split in quickstart.SPLITS for s in tests[split]]
+    tests = judge.held_out(cfg, args.data, 60 if args.quick else None)
+    known, screens = len(tests[judge.SPLITS[0]]), [s for split in judge.SPLITS for s in tests[split]]
     print(f"{where}: {len(screens)} held-out screens, branch {cfg.vrc.branch}", flush=True)
     predicted = evaluate.ratios(model, screens)
     saved, held, tasks = bought(model, screens, known, predicted)
@@ -194,7 +194,7 @@ def main() -> int:
     n = min(args.table, known, len(screens) - known)
     some = np.r_[:n, known : known + n]
     subset = [screens[i] for i in some]
-    tables = Tables(predicted[some], grid, *quickstart.tables(model, cfg.vrc.branch, subset, grid))
+    tables = Tables(predicted[some], grid, *judge.tables(model, cfg.vrc.branch, subset, grid))
     losses = quickstart.label(model, replace(cfg, vrc=replace(cfg.vrc, ratios=grid)), subset)
     oracle = {t: losses.again(replace(cfg.vrc, tolerance=t)).labels for t in TOLERANCES}
     factors = {f"{f:.2f}": np.minimum(f * tables.predicted, 1.0) for f in FACTORS}

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hypervl_jax import compress, config, evaluate, quickstart, train
+from hypervl_jax import compress, config, evaluate, judge, quickstart, train
 from hypervl_jax.config import ConfigError
 from hypervl_jax.quickstart import Stages
 
@@ -31,6 +32,32 @@ def test_a_stage_that_stops_leaves_no_result(stop, tmp_path):
     with pytest.raises(stop):
         Stages(tmp_path)("a", burst)
     assert Stages(tmp_path)("a", lambda: 7) == 7
+
+
+def test_seconds_count_every_attempt(tmp_path):
+    def slow(stop=False):
+        time.sleep(0.05)
+        if stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stages(tmp_path)("a", lambda: slow(stop=True))
+    stage = Stages(tmp_path)
+    stage("a", slow)
+    assert stage.seconds["a"] > 0.09
+    assert stage.peak_rss_gb > 0
+    assert [p.name for p in (tmp_path / "stages").iterdir()] == ["a.json"]
+
+
+def test_damaged_files_of_a_run_are_named_with_the_cure(tiny_config, tiny_model, tiny_source, tmp_path):
+    words = tmp_path / "tokenizer.json"
+    words.write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json.*delete it"):
+        quickstart.words(tiny_config, tiny_source, words)
+    labels = tmp_path / "labels.npz"
+    labels.write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"labels\.npz.*delete it and .*labels\.json"):
+        quickstart._vrc(tiny_model, tiny_config, tiny_source, labels, tmp_path / "model")
 
 
 def test_a_damaged_result_is_named(tmp_path):
@@ -86,7 +113,7 @@ def test_an_uncalibrated_vrc_is_said_and_recorded(tiny_model, tiny_config, monke
     def fails(*_):
         raise compress.CompressError("no factor")
 
-    monkeypatch.setattr(quickstart, "tables", lambda *_: (np.ones(1), np.ones(1)))
+    monkeypatch.setattr(judge, "tables", lambda *_: (np.ones(1), np.ones(1)))
     monkeypatch.setattr(evaluate, "ratios", lambda *_: None)
     monkeypatch.setattr(compress, "calibrate", fails)
     assert quickstart._calibrate(tiny_model, tiny_config, []) is None
@@ -102,7 +129,7 @@ def test_the_shuffled_control_is_the_better_branch(tiny_model, tiny_source, monk
     monkeypatch.setattr(evaluate, "run", run)
     monkeypatch.setattr(evaluate, "majority", lambda screens, coords: {"name": 0.1})
     tests = {"test_known": [tiny_source[0], tiny_source[1]], "test_unseen": [tiny_source[2]]}
-    found = quickstart.without_looking(tiny_model, tests)
+    found = judge.without_looking(tiny_model, tests)
     assert found["shuffled"] == {"name_known": 1.0}
     assert found["majority"] == {"name_known": 0.1, "name_unseen": 0.1}
 

@@ -243,3 +243,9 @@ def test_screens_that_fit_no_bucket_are_found_before_the_first_step(cfg, run, tm
     with pytest.raises(ValueError, match="tile_buckets"):
         run(tmp_path, few)
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_settings_of_a_run_are_named(cfg, run, tmp_path):
+    (tmp_path / "train.json").write_text("{")
+    with pytest.raises(TrainError, match=r"train\.json: damaged"):
+        run(tmp_path)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,40 +22,45 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, plan, report, text, train
+from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, text, train
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
 from hypervl_jax.data import pipeline
 from hypervl_jax.data.assets import Assets
-from hypervl_jax.data.screens import Screen
+from hypervl_jax.data.screens import Screen, check
 from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.model import vrc
-from hypervl_jax.plan import VisionPlan
 
-SPLITS = ("test_known", "test_unseen")
 RETAIN = 0.993  # what VRC is calibrated to keep: above the paper's 98.7 %, since held-out pictures land on either side
 
 
 class Stages:
-    """Results by name, on disk: what was computed once is read back."""
+    """Results by name, on disk: what was computed once is read back, with the seconds of all attempts at it and the
+    peak memory of the process that ended it."""
 
     def __init__(self, out: Path):
         self.path = out / "stages"
         self.seconds: dict[str, float] = {}
+        self.peak_rss_gb = 0.0
 
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
-        path = self.path / f"{name}.json"
+        path, spent = self.path / f"{name}.json", self.path / f"{name}.spent"
         if path.exists():
             stored = _read(path)
             print(f"{name}: done before, in {stored['seconds']:.0f} s")
         else:
             print(f"{name} ...")
-            start = time.monotonic()
-            result = compute()
-            stored = {"seconds": time.monotonic() - start, "result": result}
             self.path.mkdir(parents=True, exist_ok=True)
+            before, start = _read(spent) if spent.exists() else 0.0, time.monotonic()
+            try:
+                result = compute()
+            finally:
+                _write(spent, seconds := before + time.monotonic() - start)
+            stored = {"seconds": seconds, "peak_rss_gb": bench.peak_rss_gb(), "result": result}
             _write(path, stored)
+            spent.unlink()
         self.seconds[name] = stored["seconds"]
+        self.peak_rss_gb = max(self.peak_rss_gb, stored.get("peak_rss_gb", 0.0))
         return stored["result"]
 
 
@@ -78,7 +82,10 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> text.Tokenizer:
         part = path.with_suffix(".part")
         text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(part)
         os.replace(part, path)
-    return text.Tokenizer.load(path)
+    try:
+        return text.Tokenizer.load(path)
+    except text.TextError as e:
+        raise config.ConfigError(f"{e}; delete it and run again, the same one is made anew") from e
 
 
 def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Model:
@@ -92,11 +99,12 @@ def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Mod
     for name in ("train", "sheets", "label"):
         if not getattr(cfg.data.screens, name):
             raise config.ConfigError(f"data.screens.{name}: at least 1, a model is made from them")
+    check(Assets.load(), cfg.data.screens)
     out.mkdir(parents=True, exist_ok=True)
     _same_config(out / "config.json", cfg)
     stage, screens = stage or Stages(out), cfg.data.screens
     stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
-    source = {s: tfds_builders.source(screens, out / "data", s) for s in ("train", "sheets", "label")}
+    source = tfds_builders.build(screens, out / "data")  # anew where it is gone, or of an older version of the code
     names, model_dir = classes(cfg), out / "model"
     tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER)
     stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out))
@@ -112,9 +120,10 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
     """`make_model`, then evaluates, exports and reports under `out`; returns what `out/summary.json` holds."""
     out, stage = Path(out), Stages(Path(out))
     model = make_model(cfg, out, stage)
-    tests = held_out(cfg, out / "data")
+    origin = stage("origin", _origin)  # of the process that came here first
+    tests = judge.held_out(cfg, out / "data")
     ratios = {
-        s: np.asarray(stage(f"ratios_{s}", lambda s=s: evaluate.ratios(model, tests[s]).tolist())) for s in SPLITS
+        s: np.asarray(stage(f"ratios_{s}", lambda s=s: evaluate.ratios(model, tests[s]).tolist())) for s in judge.SPLITS
     }
     said: dict[str, Any] = {}
     for branch in BRANCHES:
@@ -123,14 +132,15 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
             said[name] = stage(
                 name,
                 lambda b=branch, v=shrunk: {
-                    s: evaluate.run(model, b, tests[s], ratios[s] if v else None, progress=f"{b} {s}") for s in SPLITS
+                    s: evaluate.run(model, b, some, ratios[s] if v else None, progress=f"{b} {s}")
+                    for s, some in tests.items()
                 },
             )
-    controls = stage("controls", lambda: without_looking(model, tests))
+    controls = stage("controls", lambda: judge.without_looking(model, tests))
     summary: dict[str, Any] = {"name": cfg.name, "config_hash": config.config_hash(cfg), "controls": controls}
     for v in ("", "_vrc"):
-        summary["accuracy" + v] = {b: per_task(said[f"eval_{b}{v}"]) for b in BRANCHES}
-    summary["vrc"] = savings(cfg, model, tests, ratios, said)
+        summary["accuracy" + v] = {b: judge.per_task(said[f"eval_{b}{v}"]) for b in BRANCHES}
+    summary["vrc"] = judge.savings(cfg, model, tests, ratios, said)
     try:
         exported = stage("export", lambda: _export(model, tests, out / "export"))
         litert = stage("litert", lambda: _litert(model, tests, ratios, out / "export"))
@@ -143,51 +153,11 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
         "memory", lambda: bench.memory_curve(cfg.model, [n * cfg.model.policy.tile for n in (1, 2, 3, 4, 6)])
     )
     summary["seconds"] = {**stage.seconds, "total": sum(stage.seconds.values())}
-    summary["peak_rss_gb"] = bench.peak_rss_gb()
-    summary["machine"] = bench.machine()
-    summary |= _origin()
-    summary = finite(summary)
+    summary = finite(summary | {"peak_rss_gb": stage.peak_rss_gb, "machine": bench.machine(), **origin})
     _write(out / "summary.json", summary)
     report.write(out / "report.html", summary, curves(out / "train" / "log.jsonl"), _samples(model, tests, ratios))
     print(report.terminal_table(summary))
     return summary
-
-
-def held_out(cfg: Config, data: Path, n: int | None = None) -> dict[str, list[Screen]]:
-    """The screens of both test splits (the first `n` of each), built where they are not."""
-    return {s: split(cfg, data, s, n) for s in SPLITS}
-
-
-def split(cfg: Config, data: Path, name: str, n: int | None = None) -> list[Screen]:
-    """The first `n` screens of one split. Where the whole set is not prepared under `data`, only this split is."""
-    from hypervl_jax.data import tfds_builders
-
-    try:
-        source = tfds_builders.source(cfg.data.screens, data, name)
-    except FileNotFoundError:
-        sizes = dict.fromkeys(tfds_builders.SETS, 0) | {name: getattr(cfg.data.screens, name)}
-        source = tfds_builders.build(replace(cfg.data.screens, **sizes), data)[name]
-    return [source[i] for i in range(min(n or len(source), len(source)))]
-
-
-def trained_on(model: Model) -> Config:
-    """The config that made a model. Raises `ConfigError` for a model that carries none."""
-    if "config" not in model.info:
-        raise config.ConfigError("this model does not say what it was trained on; take one made by `train`")
-    return config.from_dict(Config, model.info["config"], "info.config")
-
-
-def judge(model: Model, branch: config.Branch, shrink: bool, n: int | None, data: Path) -> dict[str, Any]:
-    """Accuracy per task on the held-out screens of the config that the model was trained with, and the controls.
-
-    Raises `ConfigError` for a model that carries no such config.
-    """
-    tests = held_out(trained_on(model), data, n)
-    said = {
-        s: evaluate.run(model, branch, some, evaluate.ratios(model, some) if shrink else None, progress=s)
-        for s, some in tests.items()
-    }
-    return {"branch": branch, "vrc": shrink, "accuracy": per_task(said), "controls": without_looking(model, tests)}
 
 
 def curves(path: Path) -> list[dict[str, Any]]:
@@ -279,7 +249,12 @@ def fit_vrc(model: Model, cfg: Config, screens: Sequence[Screen], found: compres
 
 def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_dir: Path) -> dict:
     """Trains VRC on three quarters of the labels, finds its scale on the rest, and writes the model directory."""
-    found, screens = compress.LabelSet.load(path), [source[i] for i in range(len(source))]
+    try:
+        found = compress.LabelSet.load(path)
+    except (OSError, compress.CompressError) as e:
+        cure = f"delete it and {path.parent / 'stages' / 'labels.json'}, and run again"
+        raise config.ConfigError(f"{path}: missing or damaged; {cure}") from e
+    screens = [source[i] for i in range(len(source))]
     cut = len(screens) * 3 // 4
     model, history = fit_vrc(model, cfg, screens[:cut], found.first(cut))
     scale = _calibrate(model, cfg, screens[cut:])
@@ -288,21 +263,9 @@ def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_d
     return {"mse": float(history[-20:].mean()), "scale": scale or 1.0, "calibrated": scale is not None}
 
 
-def tables(
-    model: Model, branch: config.Branch, screens: Sequence[Screen], ratios: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, correct) f64[n ratios]: what each picture costs and is worth at each ratio (`evaluate.worth`)."""
-    tokens = np.array([[cost(s, r, model) for r in ratios] for s in screens], float)
-    correct = np.zeros_like(tokens)
-    for j, r in enumerate(ratios):
-        said = evaluate.run(model, branch, screens, [r] * len(screens), progress=f"at {r:.1f}")
-        correct[:, j] = evaluate.worth(said, len(screens))
-    return tokens, correct
-
-
 def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float | None:
     """The factor on predictions that keeps `RETAIN` of the accuracy on pictures VRC has not seen; None if none does."""
-    tokens, correct = tables(model, cfg.vrc.branch, screens, cfg.vrc.ratios)
+    tokens, correct = judge.tables(model, cfg.vrc.branch, screens, cfg.vrc.ratios)
     try:
         return compress.calibrate(evaluate.ratios(model, screens), cfg.vrc.ratios, tokens, correct, RETAIN)
     except compress.CompressError as e:
@@ -310,73 +273,10 @@ def _calibrate(model: Model, cfg: Config, screens: Sequence[Screen]) -> float | 
         return None
 
 
-def cost(screen: Screen, ratio: float, model: Model) -> int:
-    """Tokens that the decoder sees of one picture at this ratio, the markers of its tiles among them."""
-    return text.visual_tokens(_plan(screen, ratio, model), model.config.text)
-
-
-def _plan(screen: Screen, ratio: float, model: Model) -> VisionPlan:
-    return plan.make(screen.image.shape[:2], float(ratio), model.config.policy)
-
-
-def without_looking(model: Model, tests: dict[str, list[Screen]], n: int = 400) -> dict[str, dict[str, float]]:
-    """What needs no looking: the most common answer, and the better branch shown another screen's picture (the first
-    `n` of each split; nothing where there is no other screen)."""
-    coords = model.config.text.coords
-    most = {s: evaluate.majority(tests[s], coords) for s in SPLITS}
-    shown = {s: some[:n] for s, some in tests.items() if len(some) > 1}
-    blind = [
-        per_task({
-            s: evaluate.run(model, b, some, shuffled=True, progress=f"shuffled {b} {s}") for s, some in shown.items()
-        })
-        for b in BRANCHES
-    ]  # fmt: skip
-    return {
-        "majority": {f"{t}_{s.removeprefix('test_')}": x for s in SPLITS for t, x in most[s].items()},
-        "shuffled": {t: max(found[t]["mean"] for found in blind) for t in blind[0]},
-    }
-
-
-def per_task(said: dict[str, list]) -> dict[str, dict[str, float]]:
-    """{split: answers} -> {"task_known" or "task_unseen": accuracy with its interval}."""
-    out = {}
-    for split, answers in said.items():
-        for task, a in evaluate.accuracy(evaluate.Answer(*x) for x in answers).items():
-            out[f"{task}_{split.removeprefix('test_')}"] = a._asdict()
-    return out
-
-
-def savings(cfg: Config, model: Model, tests: dict, ratios: dict, said: dict) -> dict[str, Any]:
-    """What VRC saves and keeps on the held-out screens, by the labelling branch; and whether it follows small print."""
-    branch = cfg.vrc.branch
-    vit, tokens, flops, legible = model.config.vit(branch), [], [], []
-    for split in SPLITS:
-        for s, r in zip(tests[split], ratios[split], strict=True):
-            now, full = _plan(s, r, model), _plan(s, 1.0, model)
-            tokens.append((cost(s, r, model), cost(s, 1.0, model)))
-            flops.append((now.vit_flops(vit), full.vit_flops(vit)))
-            if s.digit_height:
-                legible.append((r, 1 / s.digit_height**2))
-    with_vrc, without = (per_task(said[f"eval_{branch}{v}"]) for v in ("_vrc", ""))
-    kept = {t: with_vrc[t]["mean"] / a["mean"] for t, a in without.items() if a["mean"]}
-    tokens, flops = np.array(tokens).sum(0), np.array(flops, float).sum(0)
-    worst = min(kept, key=lambda t: kept[t]) if kept else ""
-    mean = {v: np.mean([a["mean"] for a in t.values()]) for v, t in (("with", with_vrc), ("without", without))}
-    return {
-        "tokens_saved": float(1 - tokens[0] / tokens[1]),
-        "flops_saved": float(1 - flops[0] / flops[1]),
-        "retained": float(mean["with"] / mean["without"]) if mean["without"] else float("nan"),
-        "retained_worst_task": kept.get(worst, float("nan")),
-        "worst_task": worst,
-        "rank_correlation": compress.spearman(*np.array(legible).T) if legible else float("nan"),
-        "mean_ratio": float(np.mean(np.concatenate([ratios[s] for s in SPLITS]))),
-    }  # fmt: skip
-
-
 def _export(model: Model, tests: dict[str, list[Screen]], out: Path) -> dict:
     from hypervl_jax.export import parts
 
-    made = parts.export(model, out, verify_images=[s.image for split in SPLITS for s in tests[split][:2]])
+    made = parts.export(model, out, verify_images=[s.image for split in judge.SPLITS for s in tests[split][:2]])
     return {
         "bytes": {p.name: p.file.bytes for p in made.parts},
         "ops": sorted({op for p in made.parts for op in p.ops}),
@@ -395,7 +295,7 @@ def _litert(model: Model, tests: dict, ratios: dict, out: Path, n: int = 100) ->
     for branch in BRANCHES:
         for name, shrunk in (("", False), ("_vrc", True)):
             answers = {}
-            for split in SPLITS:
+            for split in judge.SPLITS:
                 some = tests[split][:n]
                 jax_said = evaluate.run(model, branch, some, ratios[split][:n] if shrunk else None)
                 answers[split], it = [], iter(jax_said)
@@ -405,7 +305,7 @@ def _litert(model: Model, tests: dict, ratios: dict, out: Path, n: int = 100) ->
                         ok = evaluate.right(q, got, s.image.shape[:2], coords)
                         answers[split].append(evaluate.Answer(i, q.task, q.answer, got, ok))
                         same.append(next(it).answer == got)
-            said[name][branch] = per_task(answers)
+            said[name][branch] = judge.per_task(answers)
     return {
         "accuracy_litert": said[""],
         "accuracy_litert_vrc": said["_vrc"],
@@ -416,7 +316,7 @@ def _litert(model: Model, tests: dict, ratios: dict, out: Path, n: int = 100) ->
 def _samples(model: Model, tests: dict[str, list[Screen]], ratios: dict, n: int = 6) -> list[report.Sample]:
     """A few held-out screens with the plan at the predicted ratio, the questions, and what was answered."""
     out, coords = [], model.config.text.coords
-    for split in SPLITS:
+    for split in judge.SPLITS:
         some, at = tests[split][:n], ratios[split][:n]
         said = iter(evaluate.run(model, "base", some, at))
         for s, r in zip(some, at, strict=True):
@@ -425,5 +325,5 @@ def _samples(model: Model, tests: dict[str, list[Screen]], ratios: dict, n: int 
                 a = next(said)
                 where = evaluate.point(a.answer, s.image.shape[:2], coords) if q.task == "find" else None
                 questions.append((q.task, q.text, q.answer, a.answer, a.correct, where, q.box))
-            out.append(report.Sample(s.image, _plan(s, r, model), float(r), questions))
+            out.append(report.Sample(s.image, judge.plan_at(s, r, model), float(r), questions))
     return out

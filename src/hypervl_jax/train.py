@@ -262,5 +262,10 @@ def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(values, indent=1))
         part.replace(path)
-    elif json.loads(path.read_text()) != values:
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise TrainError(f"{path}: damaged ({e}); delete it if the settings are those of this run") from e
+    if found != values:
         raise TrainError(f"{path} is of a run with other settings: continue it with those, or choose another --out")
