@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 HERE = Path(__file__).parent
+DEFAULT = "nano"  # the weights that ship
 PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert")
 
 
@@ -132,7 +133,7 @@ def compile_cache() -> None:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     """--model and --data."""
-    parser.add_argument("--model", help="a model folder (default: the shipped nano, else quickstart/model)")
+    parser.add_argument("--model", help=f"a model folder, or the name of weights that ship (default: {DEFAULT})")
     parser.add_argument("--data", type=Path, default=HERE.parent / "runs" / "data", help="where screens are prepared")
 
 
@@ -140,12 +141,7 @@ def load_model(name: str | None) -> tuple[Any, str]:
     """(the model, where it was found)."""
     from hypervl_jax import checkpoint
 
-    if name is None:
-        try:
-            name = str(checkpoint.find_model("nano"))
-        except checkpoint.CheckpointError:
-            name = str(HERE.parent / "quickstart")
-    path = checkpoint.find_model(name)
+    path = checkpoint.find_model(name or DEFAULT)
     return checkpoint.load_model(path), os.path.relpath(path, HERE.parent)
 
 

@@ -92,10 +92,35 @@ def dcl(r: Result) -> list[str]:
         f"the branches give the same answer {agree} points more often,",
         f"Base is right {base} points more often, Large {large}.",
         f"Switching from Large to Base costs {on} points with the term, {off} without ({where(r)}).",
+        *ablation(m),
     )
 
 
-SECTIONS: dict[str, Callable[[Result], list[str]]] = {"nano": nano, "vrc": vrc, "dcl": dcl, "quickstart": quickstart}
+def ablation(m: dict[str, Any]) -> list[str]:
+    """What the image-name term is worth, where the run without it was made."""
+    if "names_gain" not in m:
+        return []
+    base, large = (f"{100 * m['names_gain'][b]['mean']:+.1f}" for b in ("base", "large"))
+    return [f"One more run without the image-name term: with it Base is right {base} points more often, Large {large}."]
+
+
+def export(r: Result) -> list[str]:
+    m = r["metrics"]
+    return prose(
+        f"**Exported files** give the same greedy answer as JAX to {percent(m['same_answers'])} % of",
+        f"{m['questions']:,}",
+        f"questions about {m['screens']:,} held-out screens; the largest relative error at any seam is",
+        f"{m['max_relative_error']:.0e} ({where(r)}).",
+    )
+
+
+SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+    "nano": nano,
+    "export": export,
+    "vrc": vrc,
+    "dcl": dcl,
+    "quickstart": quickstart,
+}
 
 
 def figures(results: Path = RESULTS) -> str:

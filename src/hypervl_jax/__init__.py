@@ -1,3 +1,3 @@
-"""HyperVL and HCD in JAX."""
+"""HyperVL, a vision-language model for phones, in JAX."""
 
 __version__ = "0.1.0"

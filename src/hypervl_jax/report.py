@@ -143,14 +143,14 @@ def _answers(summary: Summary) -> str:
     rows = []
     for task in tasks:
         cells = [cell_of(summary, w, b, task) for b, w in columns]
+        n = max((c.n for c in cells if c), default=0)
         controls = "".join(f"<td class=muted>{points(get(summary, 'controls', k, task))}" for k in CONTROLS)
         figures = "".join(
-            f"<td class='{k}'>{points(c.mean)}<small>{points(c.low)}–{points(c.high)}</small>"
+            f"<td class='{k}'>{points(c.mean)}<small>{points(c.low)}–{points(c.high)}{_of(c.n, n)}</small>"
             if c
             else f"<td class='{k}'>-"
             for k, c in zip(kind, cells, strict=True)
         )
-        n = max((c.n for c in cells if c), default=0)
         rows.append(f"<tr><th>{escape(TASKS.get(task, task))}<small>{n:,} questions</small>{controls}{figures}")
     table = (
         f"<div class=scroll><table><thead><tr><th rowspan=2><th colspan=2>Controls{head}<tr>{sub}</thead>"
@@ -214,6 +214,11 @@ def _card(sample: Sample) -> str:
         f"<div class=meter><i style=width:{share * 100:.1f}%></i></div>"
         f"<p class=size>{plan.tokens} of {full} tokens <span>{_tiles(plan)}</span></p><ul>{asked}</ul></article>"
     )
+
+
+def _of(n: int, of: int) -> str:
+    """How many questions, where that is not what the row says."""
+    return "" if n == of else f" of {n:,}"
 
 
 def _tiles(plan: VisionPlan) -> str:

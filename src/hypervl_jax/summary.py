@@ -11,15 +11,9 @@ from typing import Any, NamedTuple, TypeGuard
 
 from hypervl_jax.config import BRANCHES
 
-TASKS = {
-    "name_known": "name, known artists",
-    "name_unseen": "name, unseen artist",
-    "find_known": "find, known artists",
-    "find_unseen": "find, unseen artist",
-    "read": "read a number",
-    "count": "count",
-    "yesno": "yes or no",
-}
+LABELS = {"name": "name", "find": "find", "read": "read a number", "count": "count", "yesno": "yes or no"}
+ART = {"known": "known artists", "unseen": "unseen artist"}
+TASKS = {f"{t}_{a}": f"{label}, {art}" for t, label in LABELS.items() for a, art in ART.items()} | LABELS
 WAYS = {  # key of the summary -> what a column is called
     "accuracy": "JAX",
     "accuracy_vrc": "JAX +\N{NO-BREAK SPACE}VRC",
@@ -116,11 +110,17 @@ def terminal_table(summary: Summary) -> str:
             cells = [cell_of(summary, w, branch, task) for w in ways]
             n = max((c.n for c in cells if c), default=0)
             controls = [points(get(summary, "controls", k, task)) for k in CONTROLS]
-            figures = [f"{c.mean * 100:.1f} [{c.low * 100:.0f}, {c.high * 100:.0f}]" if c else "-" for c in cells]
-            rows.append([_plain(task), str(n or "-"), *controls, *figures])
+            figures = [figure(c, n) if c else "-" for c in cells]
+            rows.append([_plain(TASKS.get(task, task)), str(n or "-"), *controls, *figures])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         blocks.append("\n".join(_aligned(row, widths) for row in rows))
     return "\n\n".join(blocks) or "no accuracy measured yet"
+
+
+def figure(cell: Cell, n: int) -> str:
+    """Per cent with the interval; with the number of questions where it is not the `n` of the row."""
+    said = f"{cell.mean * 100:.1f} [{cell.low * 100:.0f}, {cell.high * 100:.0f}]"
+    return said if cell.n == n else f"{said} of {cell.n:,}"
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
