@@ -1,7 +1,7 @@
 """What the README tells a newcomer to type works, and its figures are those that a script wrote.
 
 Blocks marked ```sh and ```python are run, with these words replaced: `quickstart/model` by a model folder of the tiny
-preset, `screen.png` by a picture (that of `examples/` by its path), `phone` by a folder of this test. Unmarked blocks
+preset, `examples/screen.png` by its path, `phone` by a folder of this test. Unmarked blocks
 may name `make` targets only.
 """
 
@@ -24,12 +24,11 @@ def blocks(kind):
 
 
 @pytest.fixture(scope="module")
-def typed(tiny_folder, tiny_picture, tmp_path_factory):
+def typed(tiny_folder, tmp_path_factory):
     """The words of a README line -> words to run here."""
     here = {
         "examples/screen.png": ROOT / "examples" / "screen.png",
         "quickstart/model": tiny_folder,
-        "screen.png": tiny_picture,
         "phone": tmp_path_factory.mktemp("readme") / "phone",
     }
     return lambda text: re.sub("|".join(map(re.escape, here)), lambda m: str(here[m[0]]), text)
