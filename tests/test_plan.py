@@ -68,6 +68,7 @@ def test_published_table(wh, ratio, after, cr, pad, drop, with_thumb, base, larg
 def golden_cases() -> list[VisionPlan]:
     """What `python tests/test_plan.py` writes down: sizes of every shape under every mode."""
     sizes = [(1, 1), (1, 4000), (4000, 1), (480, 640), (2400, 1080), (3508, 2480), (4320, 7680), (97, 193), (5000, 25)]
+    sizes += [(5000, 1080), (288, 32)]
     policies = [PlanPolicy(), *(replace(SMALL, mode=m) for m in MODES), PlanPolicy(tile=96, patch=8, max_tiles=6)]
     return [make(s, r, p) for p in policies for s in sizes for r in (1.0, 0.35)]
 
@@ -85,6 +86,7 @@ def test_promises(size, ratio, policy):
     p = make(size, ratio, policy)
     t, (rows, cols), (rh, rw) = policy.tile, p.grid, p.resized
     assert 1 <= rows * cols <= policy.max_tiles
+    assert max(rows, cols) <= 8  # markers in the text end there
     assert p.n_tiles == rows * cols + (policy.thumbnail and rows * cols > 1) == len(p.patch_mask())
     assert (p.thumb is not None) == p.tiles[-1].is_thumbnail
     assert 0 <= p.offset[0] <= rows * t - rh
@@ -111,7 +113,8 @@ def native_promises(p: VisionPlan) -> None:
     assert rh <= h  # never larger
     assert rw <= w
     shrunk = [max(min(side, policy.min_side), math.floor(side * p.ratio**0.5 + 0.5)) for side in p.size]
-    capped = math.prod(math.ceil(side / policy.tile) for side in shrunk) > policy.max_tiles
+    grid = [math.ceil(side / policy.tile) for side in shrunk]
+    capped = math.prod(grid) > policy.max_tiles or max(grid) > 8
     assert capped or shrunk == [rh, rw]
     floor = min(policy.min_side, policy.tile) if capped else policy.min_side
     assert rh >= min(h, floor)
@@ -163,9 +166,7 @@ def test_boxes_and_edges():
 def oracle_match(h, w, t, most):
     """InternVL's loop, in floats: grids by area, later ones win a tie if the picture covers half of them."""
     best, nearest = (1, 1), math.inf
-    for r, c in sorted(
-        ((r, c) for r in range(1, most + 1) for c in range(1, most + 1) if r * c <= most), key=math.prod
-    ):
+    for r, c in sorted(((r, c) for r in range(1, 9) for c in range(1, 9) if r * c <= most), key=math.prod):
         error = abs(w / h - c / r)
         if error < nearest or (error == nearest and w * h > 0.5 * t * t * r * c):
             best, nearest = (r, c), error
@@ -175,8 +176,8 @@ def oracle_match(h, w, t, most):
 def oracle_pad(h, w, t, most):
     """LLaVA-NeXT's rule, in fractions of a tile: most pixels kept, then least waste."""
     kept = {}
-    for r in range(1, most + 1):
-        for c in range(1, most // r + 1):
+    for r in range(1, 9):
+        for c in range(1, min(8, most // r) + 1):
             down_h, down_w = (h * c * t // w, c * t) if c * t * h <= r * t * w else (r * t, w * r * t // h)
             kept[r, c] = min(down_h * down_w, h * w), -r * c
     return kept, max(kept.values())
@@ -225,6 +226,17 @@ def test_extremes():
     assert make((20, 4000), 0.1).resized == (20, 1265)  # a side below min_side is left alone
     assert make((50, 4000), 0.1).resized == (32, 1265)  # ... and one above is held at it
     assert make((5000, 5000), policy=PlanPolicy(max_tiles=1, min_side=2000)).resized[0] <= 512
+
+
+def test_a_long_screenshot_is_shrunk_until_every_tile_has_a_marker():
+    p = make((5000, 1080))
+    assert p.grid == (8, 2)  # 10 x 3 at full size: under the tile cap
+    assert 0.98 * 8 * 512 <= p.resized[0] <= 8 * 512
+    assert p.resized[1] == pytest.approx(1080 / 5000 * p.resized[0], abs=1)
+    assert make((4096, 1080)).resized == (4096, 1080)
+    nine = replace(SMALL, tile=32)  # one tile more than there are markers
+    assert [make((288, 32), 1.0, replace(nine, mode=m)).grid for m in MODES] == [(8, 1)] * 3
+    assert [make((32, 288), 1.0, replace(nine, mode=m)).grid for m in MODES] == [(1, 8)] * 3
 
 
 def test_rigid_grids_blunt_the_ratio():

@@ -24,7 +24,8 @@ from hypervl_jax.config import ConfigError, PlanPolicy, VitConfig, from_dict, to
 
 JSON_VERSION = 1
 _MAX_SIDE = 1 << 20  # pixels; far beyond any picture, small enough that products stay exact in a float64
-_MAX_TILES = 4096  # a plan is a list of its tiles: a typing slip in a settings file must not fill the memory
+_MAX_TILES = 4096  # far beyond any grid: a typing slip in a settings file
+MAX_GRID = 8  # rows and columns a grid may have: those that have markers in the text
 
 
 class PlanError(ValueError):
@@ -201,7 +202,8 @@ def make(size: Sequence[SupportsIndex], ratio: SupportsFloat = 1.0, policy: Plan
 
     `native_pad` keeps the picture's own size (never larger, smaller only by the ratio and the tile cap) and pads at the
     right and bottom; `grid_match` stretches it to the grid of nearest aspect (InternVL); `grid_pad` fits it, centred,
-    into the grid that keeps most of its pixels and wastes least (LLaVA-NeXT).
+    into the grid that keeps most of its pixels and wastes least (LLaVA-NeXT). No grid has more than `max_tiles` tiles,
+    or more than `MAX_GRID` rows or columns: a long scrolled screenshot is shrunk.
     Raises `PlanError` for a size that is not two positive integers or a ratio outside (0, 1].
     """
     policy = policy or PlanPolicy()
@@ -242,7 +244,7 @@ def _native_pad(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _
 
     resized = _shrunk(size, scale, policy.min_side)
     scale *= min(1.0, policy.tile * math.sqrt(policy.max_tiles / math.prod(resized)))
-    while math.prod(grid_of(resized)) > policy.max_tiles:
+    while math.prod(grid_of(resized)) > policy.max_tiles or max(grid_of(resized)) > MAX_GRID:
         resized = _shrunk(size, scale, min(policy.min_side, policy.tile))  # so that one tile can always be reached
         scale *= 0.98
     return resized, grid_of(resized)
@@ -277,8 +279,9 @@ def _grid_pad(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _Pa
 
 
 def _grids(max_tiles: int) -> list[_Pair]:
-    """Every (rows, cols) of at most max_tiles tiles, smallest first."""
-    grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
+    """Every (rows, cols) of at most max_tiles tiles and MAX_GRID a side, smallest first."""
+    side = range(1, MAX_GRID + 1)
+    grids = [(r, c) for r in side for c in side if r * c <= max_tiles]
     return sorted(grids, key=lambda g: (g[0] * g[1], g[1]))
 
 

@@ -27,9 +27,8 @@ from jaxtyping import Bool, Int32
 from tokenizers import models, pre_tokenizers, trainers
 
 from hypervl_jax.config import TextConfig
-from hypervl_jax.plan import VisionPlan
+from hypervl_jax.plan import MAX_GRID, VisionPlan
 
-MAX_GRID = 8  # rows and columns that have markers
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 THINK, END_THINK = "<think>", "</think>"
@@ -232,13 +231,6 @@ class _Writer:
 
     def image(self, plan: VisionPlan, first_tile: int) -> None:
         rowcol = self.cfg.layout == "rowcol"
-        rows, cols = plan.grid
-        if rowcol and max(rows, cols) > MAX_GRID:
-            raise TextError(
-                f"{plan.size[0]} x {plan.size[1]} px make {rows} x {cols} tiles, markers end at {MAX_GRID} x "
-                f"{MAX_GRID}: lower the ratio or PlanPolicy.max_tiles (now {plan.policy.max_tiles}), raise "
-                f'PlanPolicy.tile (now {plan.policy.tile}), or set TextConfig.layout to "plain"'
-            )
         self.special(VISION_START)
         start = len(self.ids)
         pad = self.tokenizer.special(IMAGE_PAD)
@@ -247,7 +239,7 @@ class _Writer:
                 self.special(GLOBAL if tile.row < 0 else f"<row_{tile.row + 1}_col_{tile.col + 1}>")
             slots = (plan.cells(i) + (first_tile + i) * plan.policy.tokens_per_tile).tolist()
             self.put([pad] * len(slots), slots)
-            if rowcol and tile.col == cols - 1:
+            if rowcol and tile.col == plan.grid[1] - 1:
                 self.text("\n")
         found = sum(slot >= 0 for slot in self.slots[start:])
         if found != plan.tokens:
