@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import typing
 
 import pytest
@@ -10,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervl_jax import config
-from hypervl_jax.config import Config, ConfigError, LlmConfig, PlanPolicy, TrainConfig, VitConfig
+from hypervl_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DclConfig,
+    LlmConfig,
+    PlanPolicy,
+    ScreensConfig,
+    TextConfig,
+    TrainConfig,
+    VitConfig,
+    VrcConfig,
+    VrcTrainConfig,
+)
 
 few = settings(max_examples=60, deadline=None)
 
@@ -35,15 +47,15 @@ def at(tree: dict, path: tuple[str, ...]) -> dict:
     return tree
 
 
-def values_of(kind):
-    """A strategy of values that a setting of this type accepts."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return st.sampled_from(args)
-    if origin is tuple:
-        return st.lists(values_of(args[0]), max_size=4).map(tuple)
-    numbers = st.floats(allow_nan=False, allow_infinity=False)
-    return {bool: st.booleans(), int: st.integers(1, 10**9), str: st.text(max_size=9), float: numbers}[kind]
+def nudged(kind, old):
+    """Another value that a setting of this type accepts."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return next(o for o in args if o != old)
+    if typing.get_origin(kind) is tuple:
+        return old[:-1] if args[0] is str else [nudged(args[0], old[0]), *old[1:]]
+    number = {int: old - 1 if type(old) is int and old > 1 else 2, float: 0.99 * old if type(old) is float else 0}
+    return {bool: not old, str: "other", **number}[kind]
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
@@ -89,9 +101,9 @@ def test_an_unknown_preset_is_answered_with_the_nearest(name, hint):
 def test_json_gives_the_same_config_back(cfg, data):
     """Also with settings other than the presets'."""
     values = config.to_dict(cfg)
-    for path, kind in data.draw(st.lists(st.sampled_from(LEAVES), max_size=6)):
+    for path, kind in data.draw(st.lists(st.sampled_from(LEAVES), max_size=6, unique=True)):
         if path[0] != "model":  # sizes there must agree with each other
-            at(values, path)[path[-1]] = data.draw(values_of(kind))
+            at(values, path)[path[-1]] = nudged(kind, at(values, path)[path[-1]])
     cfg = config.from_dict(Config, values)
     text = json.dumps(config.to_dict(cfg))
     assert config.from_dict(Config, json.loads(text)) == cfg
@@ -139,8 +151,8 @@ def test_a_missing_setting_without_default_is_an_error(path):
 
 def test_settings_with_defaults_may_be_left_out():
     values = config.to_dict(config.nano())
-    got = config.from_dict(Config, {k: values[k] for k in ("name", "model")})
-    assert got == Config("nano", config.nano().model)
+    got = config.from_dict(Config, {k: values[k] for k in ("name", "model", "data")})
+    assert got == Config("nano", config.nano().model, config.nano().data)
 
 
 @pytest.mark.parametrize("found", [None, 3, "tiny", []])
@@ -154,6 +166,12 @@ def test_a_whole_number_is_a_float_but_a_float_is_no_whole_number():
     assert type(config.from_dict(TrainConfig, {"lr": 1}).lr) is float
     with pytest.raises(ConfigError, match="expected int, found 4"):
         config.from_dict(TrainConfig, {"steps": 4.0})
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "1" + 400 * "0", 900 * "[" + 900 * "]"])
+def test_what_json_can_say_but_no_setting_can_be_is_an_error(text):
+    with pytest.raises(ConfigError, match=r"config\.lr: expected"):
+        config.from_dict(TrainConfig, {"lr": json.loads(text)})
 
 
 # --- sizes that cannot be --------------------------------------------------------------------------------------------
@@ -171,11 +189,52 @@ def test_a_whole_number_is_a_float_but_a_float_is_no_whole_number():
         (lambda: LlmConfig(8, 8, 1, 3, 2, 4, 8), "heads 3 must be a multiple of kv_heads 2"),
         (lambda: LlmConfig(8, 8, 1, 2, 2, 5, 8), "head_dim 5 must be even"),
         (lambda: dataclasses.replace(config.tiny().model, policy=PlanPolicy()), "the plan cuts tiles of 512"),
+        (lambda: VrcConfig(side=0), "side 0 must lie in 1 .. "),
+        (lambda: VrcConfig(min_ratio=0.0), "min_ratio 0.0 must be above 0"),
+        (lambda: TextConfig(coords=0), "coords must be at least 1"),
+        (lambda: ScreensConfig(name="../../../escaped/x"), "name '../../../escaped/x' must be of letters"),
+        (lambda: ScreensConfig(name=""), "name '' must be"),
+        (lambda: ScreensConfig(name="a\n"), "must be of letters"),
+        (lambda: ScreensConfig(test_known=10**9), "test_known 1000000000 must lie in 0 .. 10000000"),
+        (lambda: ScreensConfig(train=-1), "train -1 must"),
+        (lambda: ScreensConfig(max_side=10**5), "max_side 100000 must"),
+        (lambda: ScreensConfig(max_area=10**10), "max_area 10000000000 must"),
+        (lambda: ScreensConfig(questions=10**6), "questions 1000000 must lie in 0 .. 64"),
+        (lambda: ScreensConfig(hand_height=(14, 10**6)), "hand_height must end at"),
+        (lambda: DataConfig(batch=0), "batch must be at least 1"),
+        (lambda: DataConfig(shrink_min=0.0), "shrink_min 0.0 must be above 0"),
+        (lambda: DataConfig(shrink_prob=1.5), "shrink_prob 1.5 must lie in 0 .. 1"),
+        (lambda: DataConfig(tile_buckets=(1, 3)), "with one of lengths"),
+        (lambda: DataConfig(tile_buckets=(), lengths=()), "must rise from 1"),
+        (lambda: DataConfig(tile_buckets=(3, 1, 5)), "must rise from 1"),
+        (lambda: DclConfig(temperature=0.0), "temperature 0.0 must be above 0"),
+        (lambda: DclConfig(weight=float("nan")), "weight nan must"),
+        (lambda: TrainConfig(save_every=0, log_every=0), "log_every, save_every must be at least 1"),
+        (lambda: TrainConfig(steps=3), "stage0_steps 400 must lie in 0 .. 3"),
+        (lambda: TrainConfig(lr=0.0), "lr 0.0 must be above 0"),
+        (lambda: TrainConfig(clip=float("inf")), "clip inf must be above 0 and finite"),
+        (lambda: TrainConfig(b2=1.0), "b2 1.0 must"),
+        (lambda: VrcTrainConfig(batch=0), "batch must be at least 1"),
+        (lambda: VrcTrainConfig(ratios=(0.5, 0.2, 1.0)), "must rise from above 0 to exactly 1"),
+        (lambda: VrcTrainConfig(ratios=()), "must rise from above 0 to exactly 1"),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_cannot_be_are_refused_at_once(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_parts_of_a_config_must_agree():
+    """A point is written on the grid of the screens; a sheet is one tile."""
+    nano = config.nano()
+    coarse = dataclasses.replace(nano.model, text=dataclasses.replace(nano.model.text, coords=1000))
+    with pytest.raises(ValueError, match=r"'find' is answered on a grid of 100, model\.text\.coords is 1000"):
+        dataclasses.replace(nano, model=coarse)
+    without = dataclasses.replace(nano.data.screens, tasks=("name", "read"))
+    dataclasses.replace(nano, model=coarse, data=dataclasses.replace(nano.data, screens=without))
+    large = dataclasses.replace(nano.data.screens, sheet_side=96)
+    with pytest.raises(ValueError, match=r"sheet_side 96 must be at most model\.policy\.tile 64"):
+        dataclasses.replace(nano, data=dataclasses.replace(nano.data, screens=large))
 
 
 def test_a_refusal_inside_json_names_its_place():
@@ -201,12 +260,7 @@ def test_every_setting_changes_the_hash():
         if path[0] == "model":
             continue
         values = json.loads(json.dumps(base))
-        old = at(values, path)[path[-1]]
-        new = {bool: not old, int: 7919, float: math.pi, str: "other"}.get(kind)
-        if new is None:
-            options = typing.get_args(kind)
-            new = old[:-1] if typing.get_origin(kind) is tuple else next(o for o in options if o != old)
-        at(values, path)[path[-1]] = new
+        at(values, path)[path[-1]] = nudged(kind, at(values, path)[path[-1]])
         seen.add(config.config_hash(config.from_dict(Config, values)))
     assert len(seen) == 1 + sum(path[0] != "model" for path, _ in LEAVES)
     assert all(len(h) == 12 for h in seen)

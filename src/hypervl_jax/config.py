@@ -9,18 +9,33 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
+import re
+import reprlib
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Branch = Literal["base", "large"]
 BRANCHES: tuple[Branch, ...] = ("base", "large")
+SIDE, MANY, SEEDS = 8192, 10_000_000, 2**32 - 1  # pixels, records of a split, seeds: more is a slip or a trap
 
 
 def _positive(settings: Any, *names: str) -> None:
     if small := [n for n in names if getattr(settings, n) < 1]:
         raise ValueError(f"{', '.join(small)} must be at least 1")
+
+
+def _above_zero(settings: Any, *names: str) -> None:
+    if wrong := [f"{n} {v}" for n in names if not 0 < (v := getattr(settings, n)) <= sys.float_info.max]:
+        raise ValueError(f"{', '.join(wrong)} must be above 0 and finite")
+
+
+def _within(settings: Any, low: int, high: int | float, *names: str) -> None:
+    if wrong := [f"{n} {v}" for n in names if not low <= (v := getattr(settings, n)) <= high]:
+        raise ValueError(f"{', '.join(wrong)} must lie in {low} .. {high}")
 
 
 def _multiple(settings: Any, name: str, of: str) -> None:
@@ -82,6 +97,7 @@ class VitConfig:
 
     def __post_init__(self):
         _positive(self, "width", "depth", "heads", "mlp", "tile", "patch")
+        _above_zero(self, "eps")
         _multiple(self, "width", "heads")
         _multiple(self, "tile", "patch")
 
@@ -107,6 +123,7 @@ class LlmConfig:
 
     def __post_init__(self):
         _positive(self, "vocab", "width", "depth", "heads", "kv_heads", "head_dim", "mlp")
+        _above_zero(self, "rope_theta", "eps")
         _multiple(self, "heads", "kv_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: the rotary embedding turns pairs")
@@ -122,6 +139,12 @@ class VrcConfig:
     rescale: Literal["R1", "R2", "none"] = "R2"
     min_ratio: float = 0.1
 
+    def __post_init__(self):
+        _above_zero(self, "multiplier", "min_ratio")
+        _within(self, 1, SIDE, "side")
+        _positive(self, "hidden")
+        _within(self, 0, 1, "min_ratio")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -130,6 +153,9 @@ class TextConfig:
     think: bool = True
     layout: Literal["rowcol", "plain"] = "rowcol"
     coords: int = 1000
+
+    def __post_init__(self):
+        _positive(self, "coords")
 
 
 @dataclass(frozen=True)
@@ -180,6 +206,19 @@ class ScreensConfig:
     test_unseen: int = 2_000  # an artist never seen; other digits, other fonts
     seed: int = 0
 
+    def __post_init__(self):
+        # What no honest set has, for these also come with other people's models; `screens.check` has the rest.
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):  # it names a folder
+            raise ValueError(f"name {self.name!r:.40} must be of letters, digits, _ and -")
+        _within(self, 0, MANY, "sheets", "train", "label", "test_known", "test_unseen")
+        _within(self, 0, SIDE, "min_side", "max_side")
+        _within(self, 0, SIDE**2, "max_area")
+        _within(self, 1, SIDE, "sheet_side")
+        _within(self, 0, 64, "max_things", "questions", "digits")
+        _within(self, 0, SEEDS, "seed")
+        if max((0, *self.picture, *self.print_height, *self.hand_height)) > SIDE:
+            raise ValueError(f"picture, print_height and hand_height must end at {SIDE} or before")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -190,6 +229,16 @@ class DataConfig:
     tile_buckets: tuple[int, ...] = (1, 3, 5)  # a batch holds screens of one bucket; thumbnail counted
     lengths: tuple[int, ...] = (112, 208, 272)  # sequence length of each bucket
 
+    def __post_init__(self):
+        _positive(self, "batch")
+        _above_zero(self, "shrink_min")
+        _within(self, 0, 1, "shrink_prob", "shrink_min")
+        rises = all(a < b for a, b in itertools.pairwise((0, *self.tile_buckets)))
+        if not self.tile_buckets or not rises or len(self.lengths) != len(self.tile_buckets) or min(self.lengths) < 1:
+            raise ValueError(
+                f"tile_buckets {self.tile_buckets} must rise from 1, with one of lengths {self.lengths} each"
+            )
+
 
 @dataclass(frozen=True)
 class DclConfig:
@@ -199,6 +248,10 @@ class DclConfig:
     temperature: float = 2.0  # tau
     schedule: Literal["alternate", "joint", "random"] = "alternate"
     llm_train: Literal["both", "teacher_only"] = "both"
+
+    def __post_init__(self):
+        _within(self, 0, MANY, "weight")
+        _above_zero(self, "temperature")
 
 
 @dataclass(frozen=True)
@@ -221,6 +274,15 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
 
+    def __post_init__(self):
+        _positive(self, "steps", "log_every", "save_every", "keep")
+        _within(self, 0, self.steps, "stage0_steps")
+        _above_zero(self, "lr", "stage0_lr", "clip")
+        _within(self, 0, MANY, "name_weight", "warmup", "weight_decay")
+        _within(self, 0, 1, "final_lr")
+        _within(self, 0, 0.999999, "b1", "b2")
+        _within(self, 0, SEEDS, "seed")
+
 
 @dataclass(frozen=True)
 class VrcTrainConfig:
@@ -238,6 +300,14 @@ class VrcTrainConfig:
     weight_decay: float = 1e-5
     seed: int = 0
 
+    def __post_init__(self):
+        _positive(self, "steps", "batch")
+        _above_zero(self, "tolerance", "lr")
+        _within(self, 0, MANY, "floor", "weight_decay")
+        _within(self, 0, SEEDS, "seed")
+        if self.ratios[-1:] != (1.0,) or not all(a < b for a, b in itertools.pairwise((0, *self.ratios))):
+            raise ValueError(f"ratios {self.ratios} must rise from above 0 to exactly 1")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -247,6 +317,18 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     dcl: DclConfig = field(default_factory=DclConfig)
     vrc: VrcTrainConfig = field(default_factory=VrcTrainConfig)
+
+    def __post_init__(self):
+        from hypervl_jax.data.screens import GRID
+
+        screens, tile, coords = self.data.screens, self.model.policy.tile, self.model.text.coords
+        if "find" in screens.tasks and coords != GRID:
+            raise ValueError(
+                f"data.screens.tasks: 'find' is answered on a grid of {GRID}, model.text.coords is {coords}: make that "
+                f"{GRID} or leave 'find' out"
+            )
+        if screens.sheet_side > tile:
+            raise ValueError(f"data.screens.sheet_side {screens.sheet_side} must be at most model.policy.tile {tile}")
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
@@ -336,7 +418,8 @@ def hypervl_1p7b() -> Config:
         vrc=VrcConfig(),
         policy=PlanPolicy(),
     )  # fmt: skip
-    return Config("hypervl_1p7b", model)
+    screens = ScreensConfig(tasks=("name", "read", "count", "yesno"))  # `find` has a coarser grid than this text
+    return Config("hypervl_1p7b", model, DataConfig(screens))
 
 
 PRESETS = {"tiny": tiny, "quickstart": quickstart, "nano": nano, "hypervl_1p7b": hypervl_1p7b}
@@ -366,7 +449,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: Any, where: str = "config") -> Any:
     """The inverse of `to_dict`, strict: unknown, missing and mistyped settings raise `ConfigError` with their path."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected settings of {cls.__name__}, found {values!r}")
+        raise ConfigError(f"{where}: expected settings of {cls.__name__}, found {reprlib.repr(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
@@ -392,16 +475,18 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type, kind), value, where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+            raise ConfigError(f"{where}: {reprlib.repr(value)} is not one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
+            raise ConfigError(f"{where}: expected a list, found {reprlib.repr(value)}")
         return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{where}: expected a finite number, found {reprlib.repr(value)}")
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")
+        raise ConfigError(f"{where}: expected {kind.__name__}, found {reprlib.repr(value)}")
     return value
 
 
