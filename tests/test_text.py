@@ -351,14 +351,17 @@ def test_pictures_of_two_policies_are_refused(tokenizer):
         text.render([user(None, None)], pictures, tokenizer, ROWCOL)
 
 
-@pytest.mark.parametrize("size", [(9 * 32, 20), (20, 9 * 32)])
-def test_more_tiles_than_markers_names_the_settings(tokenizer, size):
-    plan = plans.make(size, 1.0, POLICY)
-    with pytest.raises(TextError, match=r"markers end at 8 x 8.*max_tiles \(now 9\).*tile \(now 32\).*\"plain\""):
-        text.render([user(None)], [plan], tokenizer, ROWCOL)
-    assert (text.render([user(None)], [plan], tokenizer, PLAIN).slots >= 0).sum() == plan.tokens
-    smaller = plans.make((8 * 32, 20), 1.0, POLICY)
-    assert (text.render([user(None)], [smaller], tokenizer, ROWCOL).slots >= 0).sum() == smaller.tokens
+@pytest.mark.parametrize(
+    ("size", "policy"),
+    [((9 * 32, 20), POLICY), ((20, 9 * 32), POLICY), ((20, 9 * 32), replace(POLICY, mode="grid_match")),
+     ((9 * 32, 20), replace(POLICY, mode="grid_pad")), ((5000, 1080), hypervl_1p7b().model.policy)],
+)  # fmt: skip
+def test_every_tile_of_a_long_picture_has_its_marker(tokenizer, size, policy):
+    plan = plans.make(size, 1.0, policy)
+    row = text.render([user(None)], [plan], tokenizer, ROWCOL)
+    markers = {tokenizer.special(m) for m in MARKERS}
+    assert len(markers.intersection(row.ids.tolist())) == plan.n_tiles > 8
+    assert (row.slots >= 0).sum() == plan.tokens
 
 
 def test_a_plan_whose_tiles_do_not_hold_its_tokens_is_refused(tokenizer):

@@ -69,7 +69,7 @@ def attention(
 
 
 class Stack(nn.Module):
-    """`depth` blocks over one stacked parameter tree: `nn.scan` (with remat) to train, a loop to export and decode.
+    """`depth` blocks over one stacked parameter tree: `nn.scan` to train, a loop to export and decode, remat in both.
 
     A block maps (x, cache, *shared) -> (x, cache). The loop takes and returns a tuple of one cache a layer; the scan
     has none.
@@ -95,9 +95,10 @@ class Stack(nn.Module):
                 length=self.depth,
             )(self.cfg, name="layers")
             return layers(x, None, *shared)
+        block = nn.remat(self.block) if self.remat else self.block
         params, out = self.variables["params"]["layers"], []
         for i in range(self.depth):
             layer = {"params": jax.tree.map(lambda a: a[i], params)}  # noqa: B023 - used at once
-            x, cache = self.block(self.cfg).apply(layer, x, caches[i] if caches is not None else None, *shared)
+            x, cache = block(self.cfg).apply(layer, x, caches[i] if caches is not None else None, *shared)
             out.append(cache)
         return x, tuple(out) if caches is not None else None
