@@ -129,19 +129,20 @@ class Tokenizer:
         return b"".join(map(self.token, ids)).decode("utf-8", "replace")
 
     def forbidden(self, vocab: int) -> Bool[np.ndarray, " V"]:
-        """Which rows of a model's vocabulary an answer may not use: rows without token, control tokens but the ends.
+        """Which rows of a model's vocabulary an answer may not use: rows without token, control tokens but <|im_end|>.
 
         Raises `TextError` if the model has fewer than `vocab_size` rows.
         """
         if vocab < self.vocab_size:
             raise TextError(f"{self._name}: has {self.vocab_size} tokens, the model {vocab} rows: set LlmConfig.vocab")
         mask = np.array([i not in self._tokens or i in self._special for i in range(vocab)])
-        mask[[self.special(IM_END), self.special(PAD)]] = False
+        mask[self.special(PAD)], mask[self.special(IM_END)] = True, False
         return mask
 
 
 def _added(names: Iterable[str], start: int) -> list[dict[str, Any]]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        That is the one end an answer can have, whichever loop decodes it.
     return [
         {"id": i, "content": name, **flags, "special": name not in (THINK, END_THINK)}  # as in Qwen3: thoughts are text
         for i, name in enumerate(names, start)
