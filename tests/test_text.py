@@ -192,13 +192,38 @@ def _damage(spec: dict, how: str):
             added[0]["content"] = "\ud800"
         case "bad pattern":
             spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "("
+        case "dropout":  # other ids every time
+            model["dropout"] = 1.0
+        case "prefix of a subword":  # a panic in the library, which is no Exception
+            model["continuing_subword_prefix"] = "##"
+        case "suffix of a word":
+            model["end_of_word_suffix"] = "</w>"
+        case "rare letters change":
+            spec["normalizer"] = {"type": "NFKC"}
+        case "damaged charsmap":  # a panic
+            spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+        case "letters stand for themselves":
+            spec["pre_tokenizer"] = None
+        case "white space is lost":
+            spec["pre_tokenizer"]["pretokenizers"][0] = {"type": "WhitespaceSplit"}
+        case "rare letters are lost":
+            spec["pre_tokenizer"]["pretokenizers"][0] |= {"pattern": {"String": "ß"}, "behavior": "Removed"}
+        case "pieces of no length":  # a panic with the first text
+            spec["pre_tokenizer"]["pretokenizers"][0] = {"type": "FixedLength", "length": 0}
+        case "a space comes before":
+            spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+        case "bytes of bytes":
+            spec["pre_tokenizer"]["pretokenizers"] += spec["pre_tokenizer"]["pretokenizers"][1:]
     return spec
 
 
 @pytest.mark.parametrize(
     "how",
     ["not an object", "no model", "word level", "vocab is a list", "a byte is missing", "not byte-level", "id is text",
-     "two tokens share an id", "special takes a word's id", "merge of unknown tokens", "surrogate", "bad pattern"],
+     "two tokens share an id", "special takes a word's id", "merge of unknown tokens", "surrogate", "bad pattern",
+     "dropout", "prefix of a subword", "suffix of a word", "rare letters change", "damaged charsmap",
+     "letters stand for themselves", "white space is lost", "rare letters are lost", "pieces of no length",
+     "a space comes before", "bytes of bytes"],
 )  # fmt: skip
 def test_a_damaged_file_is_named(tokenizer, tmp_path, how):
     path = tmp_path / "mine.json"
@@ -209,9 +234,37 @@ def test_a_damaged_file_is_named(tokenizer, tmp_path, how):
         Tokenizer.load(path)
 
 
+def test_what_qwens_file_has_and_ours_has_not_is_accepted(tokenizer):
+    """NFC, empty prefixes, a post-processor; pieces of any kind, as long as they lose nothing."""
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = tokenizer._spec["model"] | {"continuing_subword_prefix": "", "end_of_word_suffix": "", "dropout": 0.0}
+    theirs = {**tokenizer._spec, "normalizer": {"type": "NFC"}, "post_processor": letters, "model": model}
+    for pre in (theirs["pre_tokenizer"], letters, letters | {"use_regex": True}):
+        qwen = Tokenizer(theirs | {"pre_tokenizer": pre})
+        assert qwen.decode(qwen.encode(" cafe\u0301\n\n")) == " caf\u00e9\n\n"
+
+
+def test_a_panic_of_the_library_names_the_file(tokenizer, monkeypatch):
+    """A pattern may take too long on some texts only; what the library then raises is no Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    class Encoder:
+        def encode(self, text, add_special_tokens):
+            raise KeyboardInterrupt if text == "stop" else Panic("retry-limit-in-match over")
+
+    monkeypatch.setattr(tokenizer, "_encoder", Encoder())
+    with pytest.raises(TextError, match=r"tokenizer: fails on 'aaa' \(retry-limit"):
+        tokenizer.encode("aaa")
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("stop")
+
+
 def test_a_missing_or_binary_file_is_named(tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    for name in ("absent.json", "binary.json", "."):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("absent.json", "binary.json", "deep.json", "."):
         with pytest.raises(TextError, match="cannot read this"):
             Tokenizer.load(tmp_path / name)
 
@@ -343,6 +396,11 @@ def test_no_conversation_changes_the_special_tokens_of_its_template(tokenizer, q
 def test_conversations_that_do_not_fit_are_refused(tokenizer, messages, pictures, complaint):
     with pytest.raises(TextError, match=complaint):
         text.render(messages, [plans.make((20, 20), 1.0, POLICY)] * pictures, tokenizer, ROWCOL)
+
+
+def test_a_message_that_is_no_mapping_is_refused():
+    with pytest.raises(TextError, match=r"message 1: expected .*found 'hi'"):
+        text._parts("hi", 1)  # `render` itself is type-checked here
 
 
 def test_pictures_of_two_policies_are_refused(tokenizer):

@@ -42,6 +42,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+PROBE = "Where is the 12?  naïve 你好 🙂\r\n\n\t<|im_end|>"  # what a usable tokenizer gives back
 
 
 class TextError(ValueError):
@@ -74,14 +75,20 @@ class Tokenizer:
             words = {word: i for word, i in model["vocab"].items() if word not in self._added}
             if model["type"] != "BPE" or not set(_BYTES) <= set(words) or not set("".join(words)) <= set(_BYTES):
                 raise ValueError("no byte-level BPE, which those of Qwen2 and Qwen3 are")
+            _check_lossless(spec)
             self._tokens = {i: bytes(map(_BYTES.__getitem__, word)) for word, i in words.items()}
             self._tokens |= {i: word.encode() for word, i in self._added.items()}
             if len(self._tokens) != len(words) + len(self._added) or {type(i) for i in self._tokens} != {int}:
                 raise ValueError("ids must be integers, one a token")
             # The same tokenizer with every added token taken out: none can come out of a text, by construction.
-            plain = {**spec, "model": {**model, "vocab": words}, "added_tokens": [], "post_processor": None}
-            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(plain | {"truncation": None, "padding": None}))
-        except Exception as e:  # a damaged file can fail anywhere above, and the library raises bare Exception
+            plain = {**spec, "model": {**model, "vocab": words}, "added_tokens": []}
+            plain |= dict.fromkeys(("post_processor", "decoder", "truncation", "padding"))  # not used here
+            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            if self.decode(self.encode(PROBE)) != PROBE:
+                raise ValueError("a text does not come back from its ids")
+        except BaseException as e:  # a damaged file can fail anywhere above: bare Exception, and panics, which are none
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise
             raise TextError(f"{name}: not a usable tokenizer.json ({type(e).__name__}: {e})") from e
 
     @classmethod
@@ -89,7 +96,7 @@ class Tokenizer:
         """Reads a `tokenizer.json`. Raises `TextError` naming the file if it is missing, damaged or of another kind."""
         try:
             spec = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise TextError(f"{path}: cannot read this tokenizer.json ({e})") from e
         return cls(spec, str(path))
 
@@ -113,12 +120,16 @@ class Tokenizer:
         """Ids of plain text; what looks like a special token is spelt out in ordinary ones.
 
         `decode` gives the same text back (a Qwen tokenizer composes it first: NFC). Raises `TextError` for text that
-        has no UTF-8 form.
+        has no UTF-8 form, or on which a pattern of the tokenizer fails.
         """
         try:
             return self._encoder.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as e:
             raise TextError(f"cannot encode {text!r:.80}: text must be a str without lone surrogates") from e
+        except BaseException as e:  # the library panics where a pattern of the file takes too long; no Exception
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise
+            raise TextError(f"{self._name}: fails on {text!r:.80} ({e}); use Qwen3's tokenizer.json") from e
 
     def token(self, id: SupportsInt) -> bytes:
         """The bytes of one token, perhaps part of a character; U+FFFD for an id that is no token."""
@@ -131,6 +142,7 @@ class Tokenizer:
     def forbidden(self, vocab: int) -> Bool[np.ndarray, " V"]:
         """Which rows of a model's vocabulary an answer may not use: rows without token, control tokens but <|im_end|>.
 
+        That is the one end an answer can have, whichever loop decodes it.
         Raises `TextError` if the model has fewer than `vocab_size` rows.
         """
         if vocab < self.vocab_size:
@@ -140,9 +152,21 @@ class Tokenizer:
         return mask
 
 
+def _check_lossless(spec: Any) -> None:
+    """Raises `ValueError` for settings with which a text would not come back from its ids, or not always."""
+    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
+    if found := [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]:
+        raise ValueError(f"model.{found[0]} must be empty")
+    if spec.get("normalizer") not in (None, {"type": "NFC"}):
+        raise ValueError("the normalizer must be NFC or null")
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    kinds = {step.get("type") for step in steps}
+    if not {"ByteLevel"} <= kinds <= {"ByteLevel", "Split"} or any(s.get("behavior") == "Removed" for s in steps):
+        raise ValueError("the pre_tokenizer must be ByteLevel, after Splits that remove nothing")
+
+
 def _added(names: Iterable[str], start: int) -> list[dict[str, Any]]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        That is the one end an answer can have, whichever loop decodes it.
     return [
         {"id": i, "content": name, **flags, "special": name not in (THINK, END_THINK)}  # as in Qwen3: thoughts are text
         for i, name in enumerate(names, start)
@@ -326,8 +350,10 @@ def render(
     return _prompt(w, np.arange(len(w.ids)), np.zeros(len(w.ids)))
 
 
-def _parts(message: Mapping[str, Any], n: int) -> tuple[str, list[str | None]]:
+def _parts(message: Any, n: int) -> tuple[str, list[str | None]]:
     """(role, parts) of message n: a text each, None for a picture."""
+    if not isinstance(message, Mapping):
+        raise TextError(f'message {n}: expected {{"role": ..., "content": ...}}, found {message!r:.80}')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise TextError(f"message {n}: role {role!r} is not one of {', '.join(ROLES)}")
