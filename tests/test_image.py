@@ -178,9 +178,19 @@ def test_16_bit_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_without_a_white_are_refused(dtype):
-    with pytest.raises(ImageError, match="white"):
-        load(encode(np.full((3, 3), 1e6, dtype), "TIFF"))
+@pytest.mark.parametrize("value", [200, 1e6])
+def test_pixels_without_a_white_are_refused(dtype, value):
+    picture = Image.fromarray(np.full((3, 3), value, dtype))
+    for source in (encode(picture, "TIFF"), picture):
+        with pytest.raises(ImageError, match="white"):
+            load(source)
+
+
+def test_signed_16_bit_has_no_white_either():
+    signed = encode(np.full((3, 3), 200, np.uint16), "TIFF", tiffinfo={339: 2})
+    assert Image.open(io.BytesIO(signed)).mode == "I"
+    with pytest.raises(ImageError, match="signed"):
+        load(signed)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ One decode policy for train, serve, evaluate and export (`load`):
 * Orientation (EXIF, or XMP) is applied. Unreadable metadata counts as upright, as in every viewer.
 * Transparency (alpha channel, palette entry, key colour) is composited on white.
 * Animations and multi-page files give the first frame.
-* 16 bit grey is scaled to 8 bit, round(v / 257), never clipped; 16 bit colour keeps its high bytes. Floating point and
-  32 bit pixels are refused: nothing says what white is.
+* 16 bit grey is scaled to 8 bit, round(v / 257), never clipped; 16 bit colour keeps its high bytes. Floating point,
+  signed and 32 bit pixels are refused, whatever their values: nothing says what white is.
 * Palette, grey, 1 bit, CMYK and YCbCr become RGB. ICC profiles are ignored, values count as sRGB: the same numbers on
   every machine, and no profile parser in reach of a stranger's file.
 * Bytes and pixels are limited before anything is decoded; damaged or shortened files are errors.
@@ -112,10 +112,12 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> UInt8[np.ndarray,
     try:
         image.load()
         image = _upright(image)
+        if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PGM of 16 bits is opened as "I"
+            raise ImageError(
+                f"{name}: floating point, signed and 32 bit pixels have no defined white; save it with 8 or 16 bits"
+            )
         if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-            image = _eight_bit(image, name)
-        if image.mode == "F":
-            raise ImageError(f"{name}: floating point pixels have no defined white; save it with 8 or 16 bits")
+            image = _eight_bit(image)
         return _on_white(image)
     except ImageError:
         raise
@@ -131,10 +133,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ImageError(f"{name}: 32 bit pixels have no defined white; save it with 8 or 16 bits")
     grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     key = image.info.get("transparency")  # 16 bit PNG: one grey value that means transparent
     if isinstance(key, int):
