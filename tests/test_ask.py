@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import ask, evaluate, plan
+from hypervl_jax import ask, evaluate, generate, plan
 from hypervl_jax.model import hypervl
 
 QUESTION = "what is at the top left?"
@@ -42,9 +42,22 @@ def test_pieces_come_as_they_are_known(tiny_model, pictures):
 
 def test_a_seed_and_a_temperature(tiny_model, pictures):
     seen = ask.see(tiny_model, pictures[1], "base", vrc=False)
-    greedy, hot, again = ("".join(ask.answer(tiny_model, seen, QUESTION, 8, t)) for t in (0.0, 5.0, 5.0))
+    how = [(0.0,), (0.0,), (5.0, 1), (5.0, 1), (5.0, 2), (5.0,), (5.0,)]
+    greedy, same, hot, again, *others = ("".join(ask.answer(tiny_model, seen, QUESTION, 8, *h)) for h in how)
+    assert greedy == same
     assert hot == again
-    assert hot != greedy
+    assert len({greedy, hot, *others}) == 5  # without a seed another one each time
+
+
+@pytest.mark.parametrize(("tokens", "ended"), [(3, True), (4, False)])
+def test_it_says_whether_the_answer_ended(tiny_model, pictures, monkeypatch, tokens, ended):
+    seen = ask.see(tiny_model, pictures[1], "base", vrc=False)
+    monkeypatch.setattr(generate, "stream", lambda *_: iter(tiny_model.tokenizer.encode("1234")[:tokens]))
+    stream = ask.answer(tiny_model, seen, QUESTION, new=4)
+    assert "".join(next(stream) for _ in range(tokens)) == "1234"[:tokens]
+    with pytest.raises(StopIteration) as stopped:
+        next(stream)
+    assert stopped.value.value is ended
 
 
 def test_tiles_one_by_one_are_the_tiles_together(tiny_model, pictures):

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -102,6 +103,55 @@ def test_ask_says_where_in_pixels(tiny_folder, tiny_picture, monkeypatch, capsys
     assert f"point x {0.505 * w:.0f}, y {0.995 * h:.0f} of {w} x {h} pixels" in said.err
 
 
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize(
+    ("argv", "seeds"), [("", [None, None]), ("--temperature 1 --seed 7", [7, 7]), ("--temperature 1", None)]
+)
+def test_ask_says_what_was_cut_off_and_with_which_seed(
+    argv, seeds, ended, tiny_folder, tiny_picture, monkeypatch, capsys
+):
+    from hypervl_jax import ask
+
+    def answer(*args):
+        given.append(args[-1])
+        yield "a thing"
+        return ended
+
+    given: list[int | None] = []
+    monkeypatch.setattr(ask, "see", lambda model, pixels, branch, vrc: ask.Seen(plan_of(pixels, model), None))
+    monkeypatch.setattr(ask, "answer", answer)
+    for _ in range(2):
+        cli.main(
+            ["ask", str(tiny_picture), "what is this?", "--model", str(tiny_folder), "--max-tokens", "9", *argv.split()]
+        )
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("the answer was cut off by --max-tokens 9") == (0 if ended else 2)
+    assert [line for line in said if "seed" in line] == [f"sampled with --seed {seed}" for seed in given if argv]
+    assert given == seeds if seeds else given[0] != given[1]
+
+
+@pytest.mark.parametrize(("ids", "by"), [((5,) * 9, "--max-tokens 9"), ((5,) * 8, "the exported cache of 64 tokens")])
+def test_ask_says_what_cut_off_the_answer_of_exported_files(ids, by, tiny_model, tiny_picture, monkeypatch, capsys):
+    from hypervl_jax.export import runtime
+
+    class Files:
+        branches, config, cache_length = ("base",), tiny_model.config, 64
+
+        def __init__(self, folder):
+            pass
+
+        def stream(self, pixels, *_):
+            yield "a thing"
+            return runtime.Answer("a thing", ids, plan_of(pixels, tiny_model), 1.0, False, {})
+
+    monkeypatch.setattr(runtime, "Runtime", Files)
+    monkeypatch.setattr(cli, "_exported", lambda name: name)
+    cli.main(["ask", str(tiny_picture), "what is this?", "--runtime", "litert", "--max-tokens", "9"])
+    said = capsys.readouterr()
+    assert said.out == "a thing\n"
+    assert f"the answer was cut off by {by}\n" in said.err
+
+
 def plan_of(pixels, model):
     from hypervl_jax import plan
 
@@ -153,14 +203,20 @@ def test_ask_refuses_a_folder(tmp_path, tiny_folder, fails):
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--temperature", "0.5", "--runtime", "litert"], "greedily"),
+        (["--seed", "-1"], "--seed -1: choose 0 to 4294967295"),
         (["--max-tokens", "0"], "--max-tokens 0: choose 1 to"),
         (["--max-tokens", "1000000"], "choose 1 to"),
         (["--model", ""], "--model is empty"),
         (["--model", "/no/such/folder"], "/no/such/folder: does not exist"),
         (["--model", "/no/such/folder", "--runtime", "litert"], "hypervl export MODEL --out FOLDER"),
+        (
+            ["--runtime", "litert"],
+            "quickstart: no exported files; write them: hypervl export quickstart --out phone, then",
+        ),
     ],
 )
-def test_ask_refuses_arguments_that_cannot_be(extra, why, tiny_picture, fails):
+def test_ask_refuses_arguments_that_cannot_be(extra, why, tiny_picture, tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
     assert why in fails("ask", tiny_picture, "what is this?", *extra)
 
 
@@ -302,6 +358,17 @@ def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
     assert cli.load_config("quickstart") == config.quickstart()
+
+
+def test_the_launchers_example_is_a_command(monkeypatch):
+    from hypervl_jax import quickstart
+
+    root, seen = Path(__file__).parents[1], []
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
+    (example,) = [li for li in (root / "launch/local.sh").read_text().splitlines() if li.startswith("#   launch/")]
+    cli.main(example.split()[2:])
+    assert seen == [(config.tiny(), Path("runs/tiny"))]
 
 
 def test_a_config_file_and_its_steps(tmp_path):

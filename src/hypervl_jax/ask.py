@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import secrets
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -48,20 +49,24 @@ def _encode(params: dict, cfg: ModelConfig, branch: Branch, tile: Array, mask: A
     return hypervl.encode_batch(params, cfg, branch, tile, mask)
 
 
-def answer(model: Model, seen: Seen, question: str, new: int = 32, temperature: float = 0.0) -> Iterator[str]:
-    """The answer, piece by piece as it is known."""
+def answer(
+    model: Model, seen: Seen, question: str, new: int = 32, temperature: float = 0.0, seed: int | None = None
+) -> Generator[str, None, bool]:
+    """The answer, piece by piece as it is known; the generator returns whether the model ended it, False if it was cut
+    at `new` tokens. Above temperature 0 it is sampled, by `seed` (None: another one each time)."""
     tok, cfg = model.tokenizer, model.config
     row = evaluate.prompt(model, seen.plan, question)
     length = -(-len(row[0]) // 32) * 32  # few programs: lengths by 32
     ids, slots, pads = generate.pad_left([row], length, tok.special(text.PAD))
     x = hypervl.embed(model.params, jnp.asarray(ids), jnp.asarray(slots), seen.features)
     end, forbidden = tok.special(text.IM_END), jnp.asarray(tok.forbidden(cfg.llm.vocab))
-    sampler, key = generate.Sampler(temperature), jax.random.key(0)
-    out = text.Stream(tok)
+    sampler, key = generate.Sampler(temperature), jax.random.key(secrets.randbits(32) if seed is None else seed)
+    out, said = text.Stream(tok), 0
     for token in generate.stream(model.params, cfg, x, jnp.asarray(pads), forbidden, key, sampler, end, new):
-        piece = out.push(token)
+        piece, said = out.push(token), said + 1
         if piece:
             yield piece
     rest = out.finish()
     if rest:
         yield rest
+    return said < new

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -42,6 +43,7 @@ def ask(
     vrc: bool = True,
     runtime: Literal["jax", "litert"] = "jax",
     temperature: float = 0.0,
+    seed: int | None = None,
     max_tokens: int = 32,
 ) -> None:
     """Ask a question about a picture. The answer goes to stdout, how the picture was seen to stderr.
@@ -61,7 +63,8 @@ def ask(
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink the picture as far as it can bear.
         runtime: jax, or litert: the exported .tflite files alone.
-        temperature: 0 is greedy: the same answer every time.
+        temperature: 0 is greedy: the same answer every time. Above 0 the answer is sampled.
+        seed: what is sampled depends on it; drawn, and said on stderr, if not given.
         max_tokens: the longest answer.
     """
     from hypervl_jax import image
@@ -72,9 +75,11 @@ def ask(
         raise UsageError(f"--temperature {temperature}: 0 is greedy, 1 samples as the model predicts")
     if temperature and runtime == "litert":
         raise UsageError("--temperature is for --runtime jax: the exported files answer greedily")
+    if seed is not None and not 0 <= seed < 1 << 32:
+        raise UsageError(f"--seed {seed}: choose 0 to {(1 << 32) - 1}")
     if not 1 <= max_tokens <= LONGEST:
         raise UsageError(f"--max-tokens {max_tokens}: choose 1 to {LONGEST}")
-    pixels = image.load(picture)
+    pixels, limit = image.load(picture), f"--max-tokens {max_tokens}"
     if runtime == "litert":
         from hypervl_jax.export.runtime import Runtime
 
@@ -82,14 +87,21 @@ def ask(
         if branch not in files.branches:
             raise UsageError(f"{model}: branch {branch} was not exported; give --branch {files.branches[0]}")
         answer, done = _say(files.stream(pixels, question, branch, vrc, max_tokens))
-        plan, coords = done.plan, files.config.text.coords
+        plan, coords, ended = done.plan, files.config.text.coords, done.ended
+        if len(done.ids) < max_tokens:
+            limit = f"the exported cache of {files.cache_length} tokens"
     else:
         loaded = _load(model)
         from hypervl_jax import ask as path
 
+        if temperature:
+            seed = secrets.randbits(32) if seed is None else seed
+            print(f"sampled with --seed {seed}", file=sys.stderr)
         seen, coords = path.see(loaded, pixels, branch, vrc), loaded.config.text.coords
-        answer, _ = _say(path.answer(loaded, seen, question, max_tokens, temperature))
+        answer, ended = _say(path.answer(loaded, seen, question, max_tokens, temperature, seed))
         plan = seen.plan
+    if not ended:
+        print(f"the answer was cut off by {limit}", file=sys.stderr)
     words, (h, w) = answer.split(), plan.size
     at = [int(n) for n in words if n.isascii() and n.isdecimal() and int(n) < coords]
     if question.strip().lower().startswith("where") and len(words) == len(at) == 2:
@@ -146,12 +158,11 @@ def evaluate(
         raise UsageError(f"--screens {screens}: at least 1")
     _need("tensorflow_datasets", "array_record")
     loaded = _load(model)
-    from hypervl_jax import checkpoint
-    from hypervl_jax import quickstart as recipe
+    from hypervl_jax import checkpoint, judge
 
     beside = checkpoint.find_model(model).parent / "data"
     data = data or (beside if beside.is_dir() else Path("runs/data"))
-    print(json.dumps(recipe.judge(loaded, branch, vrc, screens, data), indent=1))
+    print(json.dumps(judge.verdict(loaded, branch, vrc, screens, data), indent=1))
 
 
 def export(
@@ -279,8 +290,11 @@ def _exported(name: str) -> Path:
     for path in (Path(name), Path(name) / "export"):
         if (path / "manifest.json").is_file():
             return path
-    what = "holds no exported files" if Path(name).exists() else "does not exist"
-    raise UsageError(f"{name}: {what}; write some: hypervl export MODEL --out FOLDER, then --model FOLDER")
+    if name != DEFAULT and not Path(name).exists():
+        raise UsageError(f"{name}: does not exist; give a folder that hypervl export MODEL --out FOLDER wrote")
+    raise UsageError(
+        f"{name}: no exported files; write them: hypervl export {name} --out phone, then ask with --model phone"
+    )
 
 
 def _say(pieces: Any) -> tuple[str, Any]:
