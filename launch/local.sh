@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One machine: set the environment and start the process; everything else is the config's business.
-#   launch/local.sh train --config configs/tiny.py
+#   launch/local.sh train configs/tiny.py --out runs/tiny
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax/run}" # a second start compiles nothing anew
