@@ -417,8 +417,7 @@ def test_export_leaves_a_folder_that_is_not_its_own(tiny_folder, tmp_path, fails
     [
         (["train", "tiny", "--out", "out"], "grain", "train"),
         (["quickstart", "--config", "tiny", "--out", "out"], "tensorflow_datasets", "train"),
-        (["eval"], "array_record", "train"),
-        (["export", "model", "--out", "out"], "litert_converter", "export"),
+        (["eval"], "tensorflow_datasets", "train"),
     ],
 )
 def test_a_missing_extra_is_told_before_work(argv, gone, extra, tmp_path, monkeypatch, fails):
@@ -429,6 +428,13 @@ def test_a_missing_extra_is_told_before_work(argv, gone, extra, tmp_path, monkey
     assert f"{gone} is not installed" in said
     assert f"[{extra}]" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_export_without_its_converter_says_where_there_is_one(tmp_path, monkeypatch, fails):
+    monkeypatch.setitem(sys.modules, "litert_converter.mlir._mlir_libs.converter_api_ext", None)
+    said = fails("export", "model", "--out", tmp_path / "out")
+    assert "Linux x86-64 and macOS arm64 only" in said
+    assert "Everything but export works here" in said
 
 
 def test_train_makes_a_model_and_says_what_next(tmp_path, monkeypatch, capsys):

@@ -22,9 +22,7 @@ from hypervl_jax.config import BRANCHES, PRESETS, Branch, Config, ConfigError, p
 DEFAULT = "quickstart"  # weights that ship
 EXTRAS = {  # what an extra brings -> the extra
     "tensorflow_datasets": "train",
-    "array_record": "train",
     "grain": "train",
-    "litert_converter": "export",
     "ai_edge_litert": "export",
 }
 LONGEST = 4096  # tokens an answer may have: the cache is as long
@@ -156,7 +154,7 @@ def evaluate(
     """
     if screens is not None and screens < 1:
         raise UsageError(f"--screens {screens}: at least 1")
-    _need("tensorflow_datasets", "array_record")
+    _need("tensorflow_datasets")
     loaded = _load(model)
     from hypervl_jax import checkpoint, judge
 
@@ -179,10 +177,10 @@ def export(
         out: folder to write; an earlier export there is replaced, anything else is left alone.
         branch: which vision encoders to export.
     """
-    _need("litert_converter", "ai_edge_litert")
-    loaded = _load(model)
-    from hypervl_jax.export import parts
+    from hypervl_jax.export import lower, parts
 
+    lower.require()
+    loaded = _load(model)
     made = parts.export(loaded, out, branches=BRANCHES if branch == "both" else (branch,))
     for name, error in made.parity.items():
         print(f"{name}: {error:.1e} from JAX")
@@ -253,7 +251,7 @@ def _prepared(config: str, steps: int | None, out: Path) -> Config:
     cfg = load_config(config, steps)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is there; choose another --out")
-    _need("tensorflow_datasets", "array_record", "grain")
+    _need("tensorflow_datasets", "grain")
     _keep_compiled()
     return cfg
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pickle
+import socket
 import sys
 
 import numpy as np
 import pytest
 
-from hypervl_jax.config import tiny
+from hypervl_jax.config import ScreensConfig, tiny
 from hypervl_jax.data import screens
 from hypervl_jax.data.assets import Assets
 
@@ -82,3 +83,30 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(screens.ScreenError, match="concepts"):
         T.build(dataclasses.replace(CFG, concepts=1000), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_array_record_the_same_screens_are_composed_when_asked_for(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "_stored", lambda: False)
+    with pytest.raises(FileNotFoundError, match="build"):
+        T.source(CFG, tmp_path, "label")
+    composed = T.build(CFG, tmp_path, progress=False)
+    assert composed.keys() == prepared[1].keys()
+    for split, source in composed.items():
+        np.testing.assert_array_equal(source.sizes, prepared[1][split].sizes)
+        np.testing.assert_array_equal(source[1].image, prepared[1][split][1].image)
+        assert len(T.source(CFG, tmp_path, split)) == len(source)
+    monkeypatch.setattr(T, "record", None)  # sizes are kept
+    assert len(T.build(CFG, tmp_path, progress=False)["train"].sizes) == CFG.train
+
+
+def test_nothing_is_fetched(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("a set is composed from what ships, without a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert T.build(dataclasses.replace(CFG, seed=1), tmp_path, progress=False)
+
+
+def test_default_settings_can_be_built(tmp_path):
+    """TFDS refuses a config that is named as one that it lists."""
+    assert T._builder(ScreensConfig(), tmp_path, progress=False).builder_config.name.startswith("nano-")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,6 @@ class Screens(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [ScreensBuilderConfig(ScreensConfig())]  # noqa: RUF012 - TFDS's interface
 
     @property
     def _screens(self) -> ScreensBuilderConfig:
@@ -147,23 +148,67 @@ class ScreenSource:
         return f"ScreenSource({self.name}, {len(self)} screens)"
 
 
+class Composed:
+    """The same records, composed when they are asked for: what `build` gives where array_record has no wheel (Windows).
+    Sizes are found once, by composing everything, and kept."""
+
+    def __init__(self, cfg: ScreensConfig, data_dir: Path | str, split: str, progress: bool = False):
+        self._cfg, self._split = cfg, split
+        self._path = Path(data_dir) / "composed" / f"{name_of(cfg)}-{split}.npy"
+        self._progress = progress
+
+    @property
+    def prepared(self) -> bool:
+        return self._path.exists()
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        if not self.prepared:
+            n = getattr(self._cfg, self._split)
+            bar = tqdm(range(n), f"screens {self._split}", disable=not self._progress, leave=False)
+            sizes = np.array([self[i].image.shape[:2] for i in bar], np.int32)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(part := self._path.with_suffix(".part.npy"), sizes)
+            part.replace(self._path)
+        return np.load(self._path)
+
+    def __len__(self) -> int:
+        return getattr(self._cfg, self._split)
+
+    def __getitem__(self, index: int) -> Screen:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return record(Assets.load(), self._cfg, self._split, int(index))
+
+
+Source = ScreenSource | Composed
+
+
+def _stored() -> bool:
+    return importlib.util.find_spec("array_record") is not None
+
+
 def _builder(cfg: ScreensConfig, data_dir: Path | str, progress: bool) -> Screens:
     screens.check(Assets.load(), cfg)
     config = ScreensBuilderConfig(cfg, progress)
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that is not in BUILDER_CONFIGS
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that it does not list
     try:
         return Screens(config=config, data_dir=str(Path(data_dir).expanduser()), file_format="array_record")
     finally:
         logging.set_verbosity(level)
 
 
-def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> dict[str, ScreenSource]:
+def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> Mapping[str, Source]:
     """Every set of `cfg` with at least one record, prepared under `data_dir` unless it is there already.
 
     An interrupted preparation leaves nothing that would be taken for a prepared set. Raises `ScreenError` for settings
     that no screen can satisfy.
     """
+    if not _stored():
+        screens.check(Assets.load(), cfg)
+        found = {s: Composed(cfg, data_dir, s, progress) for s in SETS if getattr(cfg, s)}
+        return {s: source for s, source in found.items() if source.sizes is not None}
     builder = _builder(cfg, data_dir, progress)
     tfds.disable_progress_bar()  # one bar a split, ours
     with contextlib.redirect_stdout(sys.stderr):  # what TFDS says is nobody's result
@@ -171,8 +216,12 @@ def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> di
     return {s: ScreenSource(builder, s) for s in SETS if getattr(cfg, s)}
 
 
-def source(cfg: ScreensConfig, data_dir: Path | str, split: str) -> ScreenSource:
+def source(cfg: ScreensConfig, data_dir: Path | str, split: str) -> Source:
     """One prepared set. Raises `FileNotFoundError` if `build` has not been run for these settings."""
+    if not _stored():
+        if not (found := Composed(cfg, data_dir, split)).prepared:
+            raise FileNotFoundError(f"{data_dir}: not prepared; run build(cfg, {str(data_dir)!r}) first")
+        return found
     builder = _builder(cfg, data_dir, progress=False)
     if not builder.is_prepared():
         raise FileNotFoundError(f"{builder.data_path}: not prepared; run build(cfg, {str(data_dir)!r}) first")
