@@ -121,7 +121,7 @@ def train(config: Annotated[Positional[str], arg(metavar="CONFIG")], /, out: Pat
     Args:
         config: a preset (tiny, quickstart, nano) or a file with `get_config()`, such as configs/nano.py.
         out: folder to write; a run that is there is resumed.
-        steps: training steps, instead of the config's.
+        steps: training steps, instead of the config's; a run is gone on with under the same number.
     """
     cfg = _prepared(config, steps, out)
     from hypervl_jax import quickstart as recipe
@@ -205,7 +205,7 @@ def quickstart(
     Args:
         config: a preset (tiny, quickstart, nano) or a file with `get_config()`.
         out: folder to write; a run that is there is resumed.
-        steps: training steps, instead of the config's.
+        steps: training steps, instead of the config's; a run is gone on with under the same number.
     """
     cfg = _prepared(config, steps, out)
     from hypervl_jax import quickstart as recipe
