@@ -1,6 +1,8 @@
 """Model directories and training checkpoints: there and back, and every kind of damage named by its file."""
 
 import json
+import os
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from hypervl_jax import checkpoint
+from hypervl_jax import checkpoint, config
 from hypervl_jax.checkpoint import CheckpointError, Checkpoints
 from hypervl_jax.config import ConfigError
 from hypervl_jax.text import TextError
@@ -83,6 +85,42 @@ def test_saving_again_replaces_the_model_whole(saved, params, tiny_config, tiny_
     assert not (saved / "stale").exists()
 
 
+def test_what_lies_beside_a_model_is_left_alone(saved, params, tiny_config, tiny_tokenizer):
+    for name in ("m.part", "m.old"):
+        (saved.parent / name).mkdir()
+        (saved.parent / name / "thesis.txt").write_text("words")
+    checkpoint.save_model(saved, tiny_config.model, params, tiny_tokenizer)
+    assert sorted(str(p.relative_to(saved.parent)) for p in saved.parent.glob("m.*/*")) == [
+        os.path.join("m.old", "thesis.txt"), os.path.join("m.part", "thesis.txt")
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", os.replace
+    out.mkdir()
+    (out / "old").write_text("")
+
+    def fails(source, target):
+        if target == out and source.name == "new":
+            raise PermissionError("held open")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(PermissionError), checkpoint.replacing(out) as new:
+        (new / "new").write_text("")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_an_empty_folder_is_filled_where_it_is(tmp_path, monkeypatch):
+    """Someone may stand in it."""
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    with checkpoint.replacing(".") as new:
+        (new / "file").write_text("")
+    assert tmp_path.stat().st_ino == inode
+    assert os.listdir() == ["file"]
+
+
 def test_weights_that_are_not_finite_are_not_saved_and_the_old_ones_stay(saved, params, tiny_config, tiny_tokenizer):
     bad = {**params, "llm": {**params["llm"], "embed": params["llm"]["embed"] * np.nan}}
     with pytest.raises(CheckpointError, match=r"not finite: llm\.embed"):
@@ -101,6 +139,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_old_ones_stay(saved, 
         (lambda f: f.update({"llm.embed": f["llm.embed"][:-1]}), "llm.embed is (511, 48), not (512, 48)"),
         (lambda f: f.update({"base.vit.pos": f["base.vit.pos"] * np.nan}), "base.vit.pos is not finite"),
         (lambda f: f.update({"base.vit.pos": f["base.vit.pos"].astype(np.int8)}), "base.vit.pos is int8"),
+        (lambda f: f.update({"base.vit.pos": f["base.vit.pos"] * np.float64(1e200)}), "base.vit.pos is not finite"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_named_with_their_file(saved, change, message):
@@ -161,6 +200,24 @@ def test_a_damaged_config_is_an_error_that_names_the_file(saved, written):
     assert str(saved / CONFIG) in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "not a model of format 1"),
+        ({"info": ["x"]}, "info: expected a table"),
+        ({"info": {"vrc_scale": "x"}}, "vrc_scale above 0"),
+        ({"info": {"vrc_scale": float("nan")}}, "vrc_scale above 0"),
+        ({"info": {"vrc_scale": -1}}, "vrc_scale above 0"),
+        ({"info": {"vrc_scale": True}}, "vrc_scale above 0"),
+    ],
+)
+def test_what_stands_beside_the_sizes_in_a_config_is_checked(saved, change, message):
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(values | change))
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        checkpoint.load_model(saved)
+
+
 def test_sizes_in_the_config_that_cannot_be_are_an_error_that_names_the_setting(saved):
     values = json.loads((saved / CONFIG).read_text())
     values["model"]["llm"]["kv_heads"] = 3
@@ -180,6 +237,19 @@ def test_a_model_is_found_by_its_folder_or_that_of_its_run(saved):
     (saved.parent / "run").mkdir()
     saved.rename(saved.parent / "run" / "model")
     assert checkpoint.find_model(saved.parent / "run") == saved.parent / "run" / "model"
+
+
+def test_a_run_without_its_model_is_none(saved, tmp_path, tiny_config, monkeypatch):
+    """It does not stand before weights that ship under its name; without those, the error says what it is."""
+    run = tmp_path / "nano"
+    run.mkdir()
+    (run / CONFIG).write_text(json.dumps(config.to_dict(tiny_config)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="nano: a run that has not made its model yet"):
+        checkpoint.find_model("nano")
+    shutil.copytree(saved, tmp_path / "weights" / "nano")
+    assert checkpoint.find_model("nano") == tmp_path / "weights" / "nano"
 
 
 @pytest.mark.parametrize(("make", "message"), [(True, "has no config.json"), (False, "does not exist")])
@@ -220,18 +290,40 @@ def test_the_latest_state_comes_back_and_old_ones_go(tmp_path):
     again.close()
 
 
+def test_a_state_comes_back_on_this_machines_device_wherever_it_was_written(tmp_path):
+    ckpts = Checkpoints(tmp_path)
+    ckpts.save(2, jax.device_put(pair(2), jax.devices()[3]))
+    got = ckpts.restore(jax.eval_shape(lambda: pair(0)))
+    ckpts.close()
+    assert {d for leaf in jax.tree.leaves(got) for d in leaf.devices()} == {jax.local_devices()[0]}
+    jax.tree.map(np.testing.assert_array_equal, got, pair(2))
+
+
+@pytest.mark.skipif(checkpoint.fcntl is None, reason="no locks here")
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    first = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match="another run is writing there"):
+        Checkpoints(tmp_path)
+    first.close()
+    Checkpoints(tmp_path).close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves readers behind
-def test_a_state_of_another_shape_or_a_damaged_one_is_an_error_that_names_its_folder(tmp_path):
+def test_a_state_of_another_shape_or_a_damaged_one_is_an_error_that_names_its_folder(tmp_path, monkeypatch):
+    """Only of a damaged one it is said that it may be deleted."""
     ckpts = Checkpoints(tmp_path)
     ckpts.save(2, pair(2))
-    with pytest.raises(CheckpointError, match=r"2: cannot be resumed.*delete that folder"):
-        ckpts.restore(Pair(jnp.int32(0), {"b": {"w": jnp.zeros(3)}}))
-    with pytest.raises(CheckpointError, match=r"2: cannot be resumed"):
-        ckpts.restore(pair(0, width=4))
+    for other in (Pair(jnp.int32(0), {"b": {"w": jnp.zeros(3)}}), pair(0, width=4)):
+        with pytest.raises(CheckpointError, match=r"2: cannot be resumed.*other settings or another version"):
+            ckpts.restore(other)
+    with monkeypatch.context() as patched:
+        patched.setattr(ckpts._manager, "restore", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(CheckpointError, match=r"2: cannot be resumed \(MemoryError.*may be whole"):
+            ckpts.restore(pair(0))
     ckpts.close()
     for file in (tmp_path / "2").rglob("_METADATA"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     again = Checkpoints(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be resumed"):
+    with pytest.raises(CheckpointError, match=r"2: cannot be resumed.*delete that folder"):
         again.restore(pair(0))
     again.close()

@@ -3,10 +3,16 @@ training checkpoints (Orbax, what `train` resumes from)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import reprlib
 import shutil
 import struct
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +26,13 @@ from hypervl_jax import __version__, config
 from hypervl_jax.config import ModelConfig
 from hypervl_jax.text import Tokenizer
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart
+    fcntl = None
+
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+FORMAT = 1
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -64,6 +76,30 @@ def expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
 
 
+@contextlib.contextmanager
+def replacing(out: Path | str) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `out` if the block ends without an error. Otherwise `out`
+    stays as it was. An empty `out` is filled where it is: it may be the folder someone works in."""
+    out = Path(out).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    box = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # of a name that is nobody else's
+    new, old = box / "new", box / "old"
+    try:
+        new.mkdir()
+        yield new
+        if out.is_dir() and not any(out.iterdir()):
+            for file in sorted(new.iterdir()):
+                os.replace(file, out / file.name)
+        else:
+            if out.exists():
+                os.replace(out, old)
+            os.replace(new, out)
+    finally:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        shutil.rmtree(box, ignore_errors=True)
+
+
 def save_model(
     path: Path | str, cfg: ModelConfig, params: dict, tokenizer: Tokenizer, info: dict | None = None, half: bool = False
 ) -> Path:
@@ -74,41 +110,55 @@ def save_model(
     bad = sorted(k for k, v in flat.items() if not np.isfinite(v).all())
     if bad:
         raise CheckpointError(f"{path}: not saved, weights are not finite: {', '.join(bad[:5])}")
-    tmp = path.with_name(path.name + ".part")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file(flat, tmp / WEIGHTS)
-    values = {"format": 1, "version": __version__, "model": config.to_dict(cfg), "info": info or {}}
-    (tmp / CONFIG).write_text(json.dumps(values, indent=1))
-    tokenizer.save(tmp / TOKENIZER)
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(tmp, path)
-    shutil.rmtree(old, ignore_errors=True)
+    values = {"format": FORMAT, "version": __version__, "model": config.to_dict(cfg), "info": info or {}}
+    with replacing(path) as new:
+        save_file(flat, new / WEIGHTS)
+        (new / CONFIG).write_text(json.dumps(values, indent=1))
+        tokenizer.save(new / TOKENIZER)
     return path
 
 
 def find_model(name: Path | str) -> Path:
     """A model directory, by path or by the name of weights that ship. Raises `CheckpointError` with what there is."""
     path = Path(name)
-    for p in (path / "model", path, SHIPPED / str(name)):  # a run has a config.json of its own
-        if (p / CONFIG).is_file():
+    for p in (path / "model", path, SHIPPED / str(name)):
+        if (p / CONFIG).is_file() and not _is_run(p):
             return p
+    if (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: a run that has not made its model yet; give the command that began it once more"
+        )
     shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*") if (p / CONFIG).is_file())) or "none"
     what = "has no config.json" if path.exists() else "does not exist"
     raise CheckpointError(f"{path}: {what}; give a model directory or the name of shipped weights ({shipped})")
 
 
-def load_model(name: Path | str) -> Model:
-    """Reads a model directory, strict: unknown, missing, misshapen and non-finite weights are reported together."""
-    path = find_model(name)
+def _is_run(path: Path) -> bool:
+    """Whether the config.json of a folder is that of a training run, whose model comes last and in a folder below."""
     try:
-        values = json.loads((path / CONFIG).read_text())
-        cfg = config.from_dict(ModelConfig, values["model"], f"{path / CONFIG}: model")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as e:
-        raise CheckpointError(f"{path / CONFIG}: not a model config ({type(e).__name__}: {e})") from e
+        return "train" in json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def load_model(name: Path | str) -> Model:
+    """Reads a model directory, strict: unknown, missing, misshapen and non-finite weights are reported together.
+
+    Raises `CheckpointError`, `ConfigError` or `TextError` naming the file that does not fit.
+    """
+    path = find_model(name)
+    where = path / CONFIG
+    try:
+        values = json.loads(where.read_text())
+        written, model, info = values["format"], values["model"], values.get("info", {})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{where}: not a model config ({type(e).__name__}: {e})") from e
+    if written != FORMAT:
+        raise CheckpointError(f"{where}: not a model of format {FORMAT}; take the version of hypervl-jax that wrote it")
+    cfg = config.from_dict(ModelConfig, model, f"{where}: model")
+    scale = info.get("vrc_scale", 1.0) if isinstance(info, dict) else 0
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise CheckpointError(f"{where}: info: expected a table, its vrc_scale above 0, found {reprlib.repr(info)}")
     try:
         flat = load_file(path / WEIGHTS)
     except (OSError, SafetensorError, struct.error) as e:
@@ -117,23 +167,28 @@ def load_model(name: Path | str) -> Model:
     wrong = [f"missing {k}" for k in want.keys() - flat.keys()] + [f"unknown {k}" for k in flat.keys() - want.keys()]
     wrong += [f"{k} is {flat[k].shape}, not {want[k]}" for k in want.keys() & flat.keys() if flat[k].shape != want[k]]
     wrong += [f"{k} is {v.dtype}, not a float" for k, v in flat.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
+    with np.errstate(over="ignore"):  # what f32 cannot hold is found below
+        flat = {k: v.astype(np.float32) for k, v in flat.items()}
     wrong += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
     if wrong:
         raise CheckpointError(f"{path / WEIGHTS}: {len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:8])}")
-    params = unflatten({k: v.astype(np.float32) for k, v in flat.items()})
-    return Model(cfg, params, Tokenizer.load(path / TOKENIZER), values.get("info", {}))
+    return Model(cfg, unflatten(flat), Tokenizer.load(path / TOKENIZER), info)
 
 
 class Checkpoints:
-    """Training state on disk, a step a directory, written atomically, the last `keep` kept."""
+    """Training state on disk, a step a directory, written atomically, the last `keep` kept. It is this object's alone
+    until `close`: raises `CheckpointError` where another one, of whatever process, has the folder open."""
 
     def __init__(self, path: Path | str, keep: int = 2):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self.path = Path(path).absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._unlock = _lock(self, self.path)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handler)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -144,19 +199,63 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> Any:
-        """The latest state, in the shapes and dtypes of `like`. Raises `CheckpointError` if it does not fit."""
+        """The latest state, in the shapes, dtypes and places of `like`; where it says no place, on the first device,
+        wherever the state was written. Raises `CheckpointError` if it does not fit or is damaged."""
         step = self.latest()
         if step is None:
             raise CheckpointError(f"{self.path}: no checkpoint to resume from")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def placed(x: Any) -> Any:
+            bare = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) if bare else x
+
         try:
-            return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
-        except Exception as e:  # Orbax raises many kinds; all mean that this directory cannot be resumed
-            raise CheckpointError(
-                f"{self.path / str(step)}: cannot be resumed ({type(e).__name__}: {str(e).splitlines()[0]}); "
-                "delete that folder to fall back to the step before, or start anew with another --out"
-            ) from e
+            return self._manager.restore(step, args=self._ocp.args.StandardRestore(jax.tree.map(placed, like)))
+        except Exception as e:  # Orbax raises many kinds
+            said = (
+                f"{self.path / str(step)}: cannot be resumed ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
+            )
+            if self._other(step, like):
+                cure = "it is of other settings or another version: resume with those, or choose another --out"
+            elif isinstance(e, MemoryError | RuntimeError | PermissionError):
+                cure = "mend that and resume again: the checkpoint itself may be whole"
+            else:
+                cure = "delete that folder to fall back to the step before, or start anew with another --out"
+            raise CheckpointError(f"{said}; {cure}") from e
+
+    def _other(self, step: int, like: Any) -> bool:
+        """Whether what a checkpoint says of itself can be read, and is not `like`."""
+        try:
+            return _shapes(self._manager.item_metadata(step).tree) != _shapes(like)
+        except Exception:
+            return False
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+        self._unlock()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _lock(owner: Any, path: Path) -> Callable[[], Any]:
+    """Keeps others out of a folder until what it returns is called, or `owner` or the process is gone."""
+    if fcntl is None:
+        return lambda: None
+    handle = os.open(path, os.O_RDONLY)
+    unlock = weakref.finalize(owner, os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        unlock()
+        raise CheckpointError(
+            f"{path}: another run is writing there; wait until it ends, or choose another --out"
+        ) from e
+    except OSError:  # a file system without locks
+        pass
+    return unlock
