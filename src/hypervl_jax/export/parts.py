@@ -18,8 +18,6 @@ h head width, V vocabulary.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax.checkpoint import TOKENIZER, Model
+from hypervl_jax import plan, text
+from hypervl_jax.checkpoint import TOKENIZER, Model, replacing
 from hypervl_jax.config import BRANCHES, Branch, ModelConfig, ScreensConfig
 from hypervl_jax.export import lower, manifest, verify
 from hypervl_jax.export.lower import ExportError, Signature
 from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
 from hypervl_jax.model import hypervl, llm, vrc
+from hypervl_jax.text import Tokenizer
 
 _f32, _i32 = jnp.float32, jnp.int32
 _array = jax.ShapeDtypeStruct
@@ -160,13 +160,18 @@ def _stacked(tree: dict) -> dict:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def lengths(cfg: ModelConfig, question: int = 64, answer: int = 32) -> tuple[tuple[int, ...], int]:
+def lengths(
+    cfg: ModelConfig, tokenizer: Tokenizer, question: int = 64, answer: int = 32
+) -> tuple[tuple[int, ...], int]:
     """(prefill lengths, cache length) with room for the largest plan, a question and an answer of so many tokens.
 
     Lengths double from one tile and a question up to the largest prompt.
     """
     policy = cfg.policy
     tile = policy.tokens_per_tile + 1  # with its marker
+    small = plan.make((policy.tile, policy.tile), 1.0, policy)
+    empty = [{"role": "user", "content": [{"type": "image"}]}]  # what every prompt has besides picture and question
+    question += len(text.render(empty, [small], tokenizer, cfg.text).ids) - text.visual_tokens(small, cfg.text)
     most = (policy.max_tiles + policy.thumbnail) * tile + policy.max_tiles + question  # a line end after each row
 
     def up(n: int) -> int:
@@ -197,18 +202,15 @@ def export(
     the converter. Whatever is raised, nothing of a failed export remains.
     """
     lower.require()
-    out = Path(out_dir)
+    out = Path(out_dir).absolute()
     _check_free(out)
-    defaults = lengths(model.config)
+    defaults = lengths(model.config, model.tokenizer)
     prefill, cache = prefill or defaults[0], cache or defaults[1]
     if min(prefill) < 2 or max(prefill) > cache or not branches:
         raise ExportError(f"prefill lengths {list(prefill)} must lie in 2 .. cache = {cache}, and one branch be given")
     pictures = default_pictures(model.config) if verify_images is None else verify_images
-    work = out.with_name(out.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
     parts = make(model.config, model.params, branches, prefill, cache)
-    try:
-        work.mkdir(parents=True)
+    with replacing(out) as work:
         with tqdm(total=len(parts) + 1, desc="export", unit="part", disable=not progress) as bar:
             for name, part in parts.items():
                 bar.set_postfix_str(name)
@@ -225,9 +227,6 @@ def export(
                 raise ExportError(f"{out}: not exported: {seam}")
         done = manifest.describe(work, model.config, files, TOKENIZER, {s.name: s.error for s in seams}, scale)
         manifest.write(work, done)
-        _publish(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return done
 
 
@@ -253,12 +252,5 @@ def _check_free(out: Path) -> None:
         raise ExportError(f"{out}: exists and is not an exported model; remove it or name another folder")
     if any(out.iterdir()) and not (out / manifest.NAME).is_file():
         raise ExportError(f"{out}: not empty and without a {manifest.NAME}; remove it or name another folder")
-
-
-def _publish(work: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(work, out)
-    shutil.rmtree(old, ignore_errors=True)
+    if any(out.iterdir()) and out.samefile(Path.cwd()):
+        raise ExportError(f"{out}: an export is replaced by a new folder, and you are in this one; go to another first")

@@ -54,6 +54,11 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
 
 
+def _worst(*errors: float) -> float:
+    """The largest; NaN where one is NaN, which `max` would pass over."""
+    return float(np.max(errors))
+
+
 def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> list[Seam]:
     """Every seam of every branch on all pictures (u8[H W 3])."""
     if not pictures:
@@ -63,7 +68,7 @@ def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> lis
         worst: dict[str, float] = {}
 
         def note(name: str, error: float) -> None:
-            worst[name] = max(worst.get(name, 0.0), error, key=lambda e: float("inf") if np.isnan(e) else e)
+            worst[name] = _worst(worst.get(name, 0.0), error)
 
         for pixels in pictures:
             note("vrc", _vrc(model, runtime, pixels))
@@ -98,7 +103,7 @@ def _encoder(
     found = runtime.encode(pixels, p, branch)
     tiles = zip(image.prepare(pixels, p), p.patch_mask(), strict=True)
     want = [np.asarray(_encode(model.params, model.config, branch, t[None], m[None])) for t, m in tiles]
-    return max(relative(f, w[0]) for f, w in zip(found, want, strict=True)), np.concatenate(want), p
+    return _worst(*(relative(f, w[0]) for f, w in zip(found, want, strict=True))), np.concatenate(want), p
 
 
 def _prompt(model: Model, runtime: Runtime, p: plan.VisionPlan, features: np.ndarray) -> np.ndarray:
@@ -122,7 +127,7 @@ def _prefills(model: Model, runtime: Runtime, x: np.ndarray) -> dict[str, float]
     for n in runtime.buckets:
         found = runtime.prefill(x[:, :n])
         pairs = ((found[f"kv_cache_{s}_{i}"], getattr(c, s)) for i, c in enumerate(state.caches) for s in "kv")
-        out[f"{PREFILL}{n}"] = max(relative(f[:, :, :n], np.asarray(w)[:, :, :n]) for f, w in pairs)
+        out[f"{PREFILL}{n}"] = _worst(*(relative(f[:, :, :n], np.asarray(w)[:, :, :n]) for f, w in pairs))
     return out
 
 
@@ -138,9 +143,9 @@ def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch,
     for i in range(len(answer.ids) + answer.ended):
         want = np.asarray(state.logits[0])
         found, caches = runtime.step(x[:, -1:], n - 1 + i, caches)
-        decode = max(decode, relative(found, want))
-        chosen = [answer.ids[i]] if i < len(answer.ids) else [end, tok.special(text.PAD)]
-        regret = max(regret, float((want[~forbidden].max() - want[chosen].max()) / np.abs(want).max()))
+        decode = _worst(decode, relative(found, want))
+        chosen = answer.ids[i] if i < len(answer.ids) else end
+        regret = _worst(regret, float((want[~forbidden].max() - want[chosen]) / np.abs(want).max()))
         if i < len(answer.ids):
             state = _led(model, state, answer.ids[i], forbidden, end)
             x = np.asarray(model.params["llm"]["embed"])[None, [answer.ids[i]]]
