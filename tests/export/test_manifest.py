@@ -95,6 +95,9 @@ def test_missing_truncated_tampered_and_unknown_files_are_refused(folder):
         (lambda v: v.update(tokens_per_tile=5), "tokens_per_tile 5"),
         (lambda v: v["model"]["policy"].update(tile=40), "manifest.model"),
         (lambda v: v.update(format=2), "not a manifest of format 1"),
+        (lambda v: v.update(vrc_scale=-1), "vrc_scale -1.0 must be above 0"),
+        (lambda v: v.update(vrc_scale=float("nan")), "manifest.vrc_scale: expected a finite number"),
+        (lambda v: v["parity"].update(vrc=float("nan")), "manifest.parity: expected names with a float"),
     ],
 )
 def test_a_manifest_is_read_strictly(folder, change, message):
@@ -108,6 +111,9 @@ def test_a_manifest_is_read_strictly(folder, change, message):
 def test_a_folder_without_or_with_half_a_manifest_is_refused(folder):
     path = folder / manifest.NAME
     path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ManifestError, match="damaged: not JSON"):
+        manifest.read(folder)
+    path.write_text("[" * 10**5)
     with pytest.raises(ManifestError, match="damaged: not JSON"):
         manifest.read(folder)
     path.write_text("[]")

@@ -1,5 +1,7 @@
 """The host loop over the files answers as JAX answers, without JAX."""
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -37,7 +39,7 @@ def jax_answers(model, screens, ratios, branch):
         mask = np.zeros((10, cfg.policy.patches_per_side**2), bool)
         tiles[: p.n_tiles], mask[: p.n_tiles] = image.prepare(s.image, p), p.patch_mask()
         features[b] = np.asarray(encode(model.params, cfg, branch, tiles, mask)).reshape(features[b].shape)
-    ids, slots, pads = generate.pad_left(rows, 160, tok.special(text.PAD))
+    ids, slots, pads = generate.pad_left(rows, 192, tok.special(text.PAD))
     x = hypervl.embed(model.params, jnp.asarray(ids), jnp.asarray(slots), jnp.asarray(features))
     end, forbidden = tok.special(text.IM_END), tok.forbidden(cfg.llm.vocab)
     said = generate.generate(
@@ -111,14 +113,13 @@ def test_pieces_come_one_by_one_and_make_the_text(files, tiny_screens):
     assert files.answer(tiny_screens[1].image, "what is this?", vrc=False).seconds["vrc"] == 0
 
 
-@pytest.mark.parametrize("stop", [text.IM_END, text.PAD])
-def test_an_answer_ends_where_the_model_ends_it(stop, files, tiny_screens, monkeypatch):
+def test_an_answer_ends_where_the_model_ends_it(files, tiny_screens, monkeypatch):
     tok = files.tokenizer
-    script, step = iter([*tok.encode("ab"), tok.special(stop)]), files.step
+    script, step = iter([*tok.encode("ab"), tok.special(text.IM_END)]), files.step
 
     def led(x, at, caches):
         logits, caches = step(x, at, caches)
-        logits[tok.special(text.IM_START)] = 1e4  # forbidden
+        logits[[tok.special(text.IM_START), tok.special(text.PAD)]] = 1e4  # forbidden
         logits[next(script)] = 1e3
         return logits, caches
 
@@ -145,12 +146,12 @@ def test_an_answer_is_cut_by_the_cache(exported, tiny_screens, monkeypatch):
 
 
 def test_prefill_in_any_chunks_is_the_same(exported):
-    """150 positions: one run of 128 and single steps, or 96 and single steps; then two short runs."""
+    """180 positions: one run of 160 and single steps, or two of 96; then fewer."""
     files = Runtime(exported)
-    x = np.random.default_rng(0).normal(size=(1, 150, files.config.llm.width)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(1, 180, files.config.llm.width)).astype(np.float32)
     want = files.prefill(x)
     files.buckets = [96]
-    for n in (150, 97, 96):
+    for n in (180, 97, 96):
         found = files.prefill(x[:, :n])
         assert found.keys() == want.keys()
         for name, cache in found.items():
@@ -173,14 +174,12 @@ def test_chunks_cover_every_position_once(n, room):
 
 def test_what_does_not_fit_is_refused(exported, files, tiny_screens):
     pixels = tiny_screens[0].image
-    with pytest.raises(AnswerError, match=r"the prompt needs \d+ tokens.*exported for 160: ask a shorter question"):
+    with pytest.raises(AnswerError, match=r"the prompt needs \d+ tokens.*exported for 192: ask a shorter question"):
         files.answer(pixels, "word " * 200)
     assert files.branches == ["base", "large"]
 
 
 def test_a_folder_with_one_branch_says_so(exported, tiny_screens, tmp_path):
-    import shutil
-
     folder = tmp_path / "base"
     shutil.copytree(exported, folder)
     (folder / "encoder_large.tflite").unlink()
@@ -193,9 +192,62 @@ def test_a_folder_with_one_branch_says_so(exported, tiny_screens, tmp_path):
         files.answer(tiny_screens[0].image, "what is this?", "large")
 
 
-def test_damaged_folders_are_refused(exported, tmp_path):
-    import shutil
+def _entry(values, part, name):
+    found = next(p for p in values["parts"] if p["name"] == part)["signatures"]
+    return next(s for s in found if s["name"] == name)
 
+
+def _shape(values, part, entry, tensor, shape):
+    e = _entry(values, part, entry)
+    next(t for t in (*e["outputs"], *e["inputs"]) if t["name"] == tensor)["shape"] = shape
+
+
+def _vocab(values, rows):
+    values["model"]["llm"]["vocab"] = rows
+    _shape(values, "decoder", "decode", "logits", [1, 1, rows])
+
+
+def _cache(values, length):
+    for e in next(p for p in values["parts"] if p["name"] == "decoder")["signatures"]:
+        for t in (*e["inputs"], *e["outputs"]):
+            if t["name"].startswith("kv_cache_"):
+                t["shape"][2] = length
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["parts"].pop(), "decode needs two caches a layer"),
+        (lambda v: _entry(v, "decoder", "decode").update(name="step"), "decode needs two caches a layer"),
+        (lambda v: v["parts"].pop(0), "vrc vrc: proxy is None"),
+        (lambda v: _entry(v, "decoder", "prefill_96").update(name="prefill_0"), "prefill_0: lengths lie in 2 .. 192"),
+        (lambda v: _entry(v, "decoder", "prefill_96").update(name="prefill_x"), "prefill_x: lengths lie in"),
+        (lambda v: _entry(v, "decoder", "prefill_96").update(name="prefill_97"), "decoder prefill_97: embeddings is"),
+        (lambda v: _shape(v, "decoder", "decode", "logits", [1, 1, 511]), r"logits is \(1, 1, 511\), its model needs"),
+        (lambda v: _shape(v, "encoder_base", "vision", "images", [1, 64, 64, 3]), "encoder_base vision: images is"),
+        (lambda v: _shape(v, "decoder", "decode", "kv_cache_v_1", [1, 2, 64, 16]), "decode needs two caches a layer"),
+        (lambda v: v["model"]["llm"].update(depth=10**12), "decode needs two caches a layer"),
+        (lambda v: _vocab(v, 10**12), "a vocabulary of 1000000000000 rows is not in an embedder of this size"),
+        (lambda v: _cache(v, 10**12), "C up to 1048576"),
+    ],
+)
+def test_a_manifest_that_does_not_make_sense_is_refused(exported, tmp_path, change, message):
+    """Its hashes are right: the files are those that were exported."""
+    for file in exported.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    path = tmp_path / manifest.NAME
+    values = json.loads(path.read_text())
+    change(values)
+    if len(values["parts"]) < 5:
+        (tmp_path / ({"vrc", "decoder"} - {p["name"] for p in values["parts"]}).pop()).with_suffix(".tflite").unlink()
+    path.unlink()
+    path.write_text(json.dumps(values))
+    with pytest.raises(ManifestError, match=message) as e:
+        Runtime(tmp_path)
+    assert str(path) in str(e.value)
+
+
+def test_damaged_folders_are_refused(exported, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(exported, folder)
     part = folder / "decoder.tflite"

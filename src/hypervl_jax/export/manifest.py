@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -81,6 +83,8 @@ class Manifest:
     format: int = FORMAT
 
     def __post_init__(self):
+        if not 0 < self.vrc_scale < math.inf:
+            raise ValueError(f"vrc_scale {self.vrc_scale} must be above 0")
         if self.tokens_per_tile != self.model.policy.tokens_per_tile:
             raise ValueError(f"tokens_per_tile {self.tokens_per_tile} is not the policy's")
         for what, names in (("part", [p.name for p in self.parts]), ("file", [f.file for f in self.files])):
@@ -178,7 +182,7 @@ def read(directory: str | Path) -> Manifest:
         raise ManifestError(f"{directory}: not an exported model: no {NAME}") from e
     except OSError as e:
         raise ManifestError(f"{path}: cannot be read: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ManifestError(f"{path}: damaged: not JSON; export again") from e
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ManifestError(f"{path}: not a manifest of format {FORMAT}; export again with this version")
@@ -211,6 +215,6 @@ def check(directory: str | Path) -> Manifest:
 
 
 def _table(name: str, values: Any, kind: type) -> dict[str, Any]:
-    if not isinstance(values, dict) or not all(type(v) is kind for v in values.values()):
-        raise ConfigError(f"manifest.{name}: expected names with a {kind.__name__} each, found {values!r}")
+    if not isinstance(values, dict) or not all(type(v) is kind and v == v for v in values.values()):
+        raise ConfigError(f"manifest.{name}: expected names with a {kind.__name__} each, found {reprlib.repr(values)}")
     return values

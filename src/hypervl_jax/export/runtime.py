@@ -20,11 +20,13 @@ from jaxtyping import Float32, Int32, UInt8
 from hypervl_jax import image, plan, ratio, text
 from hypervl_jax.config import BRANCHES, Branch
 from hypervl_jax.export import lower, manifest
+from hypervl_jax.export.manifest import Manifest, ManifestError
 from hypervl_jax.plan import VisionPlan
 
 HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)  # in attention masks, as LiteRT-LM writes it; 0 is visible
 PREFILL = "prefill_"  # + length
 ENCODER = "encoder_"  # + branch
+LONGEST = 1 << 20  # positions a cache may have: more is a slip or a trap
 Caches = dict[str, np.ndarray]  # kv_cache_k_<layer>, kv_cache_v_<layer>: f32[1 K S d]
 
 
@@ -44,18 +46,20 @@ class Answer(NamedTuple):
 class Runtime:
     """An exported folder, ready to answer. A file is loaded when it is first needed, with `threads` (None: its choice).
 
-    Raises `manifest.ManifestError` for a folder that is not whole, `lower.ExportUnavailable` without the runtime.
+    Raises `ManifestError` for a folder that is not whole or whose parts are not those of its model,
+    `lower.ExportUnavailable` without the runtime.
     """
 
     def __init__(self, directory: str | Path, threads: int | None = None):
         self.directory, self._threads = Path(directory), threads
         self.manifest = manifest.check(directory)
         self.config = self.manifest.model
-        self.tokenizer = text.Tokenizer.load(self.directory / self.manifest.tokenizer.file)
-        decoder = {entry.name: entry for entry in self.manifest.part("decoder").signatures}
-        self.buckets = sorted(int(name.removeprefix(PREFILL)) for name in decoder if name.startswith(PREFILL))
-        self._cache = {t.name: t.shape for t in decoder["decode"].inputs if t.name.startswith("kv_cache_")}
+        try:
+            self.buckets, self._cache = _check(self.manifest)
+        except ManifestError as e:
+            raise ManifestError(f"{self.directory / manifest.NAME}: {e}; export again") from e
         self.cache_length = next(iter(self._cache.values()))[2]
+        self.tokenizer = text.Tokenizer.load(self.directory / self.manifest.tokenizer.file)
         self._forbidden = self.tokenizer.forbidden(self.config.llm.vocab)
         self._runners: dict[str, lower.Runner] = {}
         self._seconds: dict[str, float] = {}
@@ -206,6 +210,40 @@ class Runtime:
         start = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _check(m: Manifest) -> tuple[list[int], dict[str, tuple[int, ...]]]:
+    """(prefill lengths, shape of each cache). Raises `ManifestError` where parts are missing or their shapes are not
+    those of the manifest's model."""
+    c, policy, side = m.model.llm, m.model.policy, m.model.vrc.side
+    found = {
+        (p.name, e.name): {t.name: t.shape for t in (*e.inputs, *e.outputs)} for p in m.parts for e in p.signatures
+    }
+    caches = {k: v for k, v in found.get(("decoder", "decode"), {}).items() if k.startswith("kv_cache_")}
+    room = next((shape[2] for shape in caches.values() if len(shape) == 4), 0)
+    if {*caches.values()} != {(1, c.kv_heads, room, c.head_dim)} or len(caches) != 2 * c.depth or room > LONGEST:
+        raise ManifestError(f"decode needs two caches a layer, f32[1 {c.kv_heads} C {c.head_dim}], C up to {LONGEST}")
+    if c.vocab > m.part("embedder").file.bytes:
+        raise ManifestError(f"a vocabulary of {c.vocab} rows is not in an embedder of this size")
+    lengths = [name.removeprefix(PREFILL) for part, name in found if part == "decoder" and name.startswith(PREFILL)]
+    if bad := [n for n in lengths if not (n.isdecimal() and len(n) < 8 and 2 <= int(n) <= room)]:
+        raise ManifestError(f"{PREFILL}{bad[0]}: lengths lie in 2 .. {room}, the cache")
+
+    def row(n: int) -> dict[str, tuple[int, ...]]:
+        return {"embeddings": (1, n, c.width), "input_pos": (n,), "mask": (1, 1, n, room), **caches}
+
+    tile = {"images": (1, policy.tile, policy.tile, 3), "mask": (1, policy.patches_per_side**2)}
+    tile["features"] = (1, policy.tokens_per_tile, c.width)
+    want = {("vrc", "vrc"): {"proxy": (1, side, side, 3), "alpha": (1,)}}
+    want |= {(p.name, "vision"): tile for p in m.parts if p.name.startswith(ENCODER)}
+    want["embedder", "embed"] = {"token_ids": (1, 1), "embeddings": (1, 1, c.width)}
+    want |= {("decoder", PREFILL + n): row(int(n)) for n in lengths}
+    want["decoder", "decode"] = row(1) | {"logits": (1, 1, c.vocab)}
+    for key, shapes in want.items():
+        for name, shape in shapes.items():
+            if (given := found.get(key, {}).get(name)) != shape:
+                raise ManifestError(f"{' '.join(key)}: {name} is {given}, its model needs {shape}")
+    return sorted(map(int, lengths)), caches
 
 
 def chunks(n: int, buckets: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
