@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from common import HERE, Bar, arguments, compile_cache, finish, paired
 
-from hypervl_jax import checkpoint, config, evaluate, quickstart, train
+from hypervl_jax import checkpoint, evaluate, presets, quickstart, train
 from hypervl_jax import judge as judging
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
@@ -45,7 +45,7 @@ STEPS = 1_600  # enough to look, few enough for three seeds in half an hour on t
 
 def settings(steps: int = STEPS, screens: int = 2_000) -> Config:
     """The quickstart preset with more held-out screens; `steps` scales stage 0 with the rest."""
-    cfg = config.quickstart()
+    cfg = presets.quickstart()
     early = cfg.train.stage0_steps * steps // cfg.train.steps
     return replace(
         cfg,
@@ -198,7 +198,7 @@ def main() -> int:
         nameless = nameless and bool(seeds) and finished(args.runs, cfg, NAMELESS, seeds[0])
         if tiny := not seeds:
             print(f"no finished runs under {args.runs}: the tiny preset shows that the path is whole")
-            cfg, seeds, args.runs = replace(config.tiny(), name="dcl"), [0], HERE.parent / ".cache" / "dcl-tiny"
+            cfg, seeds, args.runs = replace(presets.tiny(), name="dcl"), [0], HERE.parent / ".cache" / "dcl-tiny"
     lab = Lab.open(args.runs, cfg)
     tests = judging.held_out(cfg, args.runs / "data", 200 if args.quick else None)
     screens = [s for split in judging.SPLITS for s in tests[split]]

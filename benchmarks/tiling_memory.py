@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from common import Bar, arguments, finish
 from einops import rearrange
 
-from hypervl_jax import bench, config
+from hypervl_jax import bench, config, presets
 from hypervl_jax.model import hypervl, layers, vit
 
 ACROSS = (2, 3, 4, 5, 6)  # tiles a side of the picture
@@ -83,7 +83,7 @@ def analyse(cfg: config.ModelConfig, across: tuple[int, ...]) -> list[dict]:
 
 def measure(way: str, across: int) -> float:
     """Bytes by which the peak resident memory of one run of nano exceeds what was resident before. Linux only."""
-    cfg = config.preset("nano").model
+    cfg = presets.preset("nano").model
     tile, n = cfg.policy.tile, across * across
     if way in ("whole", "chunked"):
         cfg, n = bench.as_one_tile(cfg, across * tile), 1
@@ -154,7 +154,7 @@ def main() -> int:
     across = (ACROSS[0], ACROSS[-1]) if args.quick else ACROSS
     metrics, checked = {}, []
     for name in ("hypervl_1p7b", "nano"):
-        rows = metrics[name] = analyse(config.preset(name).model, across)
+        rows = metrics[name] = analyse(presets.preset(name).model, across)
         table(f"{name}, Base: working memory by compiler analysis, MB", rows)
         checked += bars(name, rows)
     if Path("/proc/self/clear_refs").exists():

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from common import Bar, Interval, arguments, bootstrap, compile_cache, finish, load_model, model_options
 
-from hypervl_jax import compress, config, evaluate, judge, plan, quickstart
+from hypervl_jax import compress, evaluate, judge, plan, presets, quickstart
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.compress import LabelSet, Saving
 from hypervl_jax.config import BRANCHES, Config, VrcTrainConfig
@@ -129,7 +129,7 @@ class Tables(NamedTuple):
 
 def overhead(model: Model, screens: Sequence[Screen]) -> dict[str, float]:
     """Multiply-adds of VRC over those of each encoder, on these screens and, by arithmetic, at the paper's sizes."""
-    cfg, big = model.config, config.preset("hypervl_1p7b").model
+    cfg, big = model.config, presets.preset("hypervl_1p7b").model
     plans = [plan.make(s.image.shape[:2], 1.0, cfg.policy) for s in screens]
     flops = {b: np.mean([p.vit_flops(cfg.vit(b)) for p in plans]) for b in BRANCHES}
     phone = plan.make(PHONE, 1.0, big.policy).vit_flops(big.base)

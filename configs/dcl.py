@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from hypervl_jax.config import Config, DclConfig, quickstart
+from hypervl_jax.config import Config, DclConfig
+from hypervl_jax.presets import quickstart
 
 
 def get_config() -> Config:

@@ -1,6 +1,7 @@
 """The recipe of the weights that ship."""
 
-from hypervl_jax.config import Config, nano
+from hypervl_jax.config import Config
+from hypervl_jax.presets import nano
 
 
 def get_config() -> Config:

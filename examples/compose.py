@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from hypervl_jax import checkpoint, config, generate, image, plan, text
+from hypervl_jax import checkpoint, generate, image, plan, presets, text
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.data import screens
 from hypervl_jax.data.assets import Assets
@@ -43,7 +43,7 @@ def main(name: str | None = None) -> None:
     # One picture a device, all of one size, so that one plan serves all of them: two tiles and a thumbnail.
     size = (cfg.policy.tile, 3 * cfg.policy.tile // 2)
     seen = plan.make(size, ratio=1.0, policy=cfg.policy)
-    drawn = [screens.record(Assets.load(), config.tiny().data.screens, "test_known", i) for i in range(len(devices))]
+    drawn = [screens.record(Assets.load(), presets.tiny().data.screens, "test_known", i) for i in range(len(devices))]
     pictures = [image.resize(screen.image, size) for screen in drawn]
     tiles = jnp.asarray(np.stack([image.prepare(p, seen) for p in pictures]))  # u8[B N T T 3]
     mask = jnp.asarray(seen.patch_mask())  # bool[N P]
@@ -114,7 +114,7 @@ def main(name: str | None = None) -> None:
 def untrained() -> Model:
     """The tiny preset with random weights, and a tokenizer of its few words."""
     words = [QUESTION, *Assets.load().words]
-    cfg = config.tiny().model
+    cfg = presets.tiny().model
     return Model(cfg, hypervl.init(jax.random.key(0), cfg), text.train_tokenizer(words * 2), {})
 
 

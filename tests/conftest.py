@@ -31,9 +31,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_config():
     """Everything at the size of a unit test."""
-    from hypervl_jax import config
+    from hypervl_jax import presets
 
-    return config.preset("tiny")
+    return presets.tiny()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hypervl_jax import cli, config
+from hypervl_jax import cli, config, presets
 
 
 @pytest.fixture
@@ -242,13 +242,13 @@ def test_shipped_weights_are_found_by_name(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "nano")
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    assert cli._load("nano").config == config.tiny().model
+    assert cli._load("nano").config == presets.tiny().model
 
 
 def test_the_folder_of_a_run_is_its_model(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model")
     (tmp_path / "config.json").write_text("{}")  # that of the run
-    assert cli._load(str(tmp_path)).config == config.tiny().model
+    assert cli._load(str(tmp_path)).config == presets.tiny().model
 
 
 def damage(folder, name, how):
@@ -357,7 +357,7 @@ def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
     """`hypervl quickstart` makes a folder of that name, and must still find its preset."""
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert cli.load_config("quickstart") == config.quickstart()
+    assert cli.load_config("quickstart") == presets.quickstart()
 
 
 def test_the_launchers_example_is_a_command(monkeypatch):
@@ -368,13 +368,13 @@ def test_the_launchers_example_is_a_command(monkeypatch):
     monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
     (example,) = [li for li in (root / "launch/local.sh").read_text().splitlines() if li.startswith("#   launch/")]
     cli.main(example.split()[2:])
-    assert seen == [(config.tiny(), Path("runs/tiny"))]
+    assert seen == [(presets.tiny(), Path("runs/tiny"))]
 
 
 def test_a_config_file_and_its_steps(tmp_path):
-    (tmp_path / "mine.py").write_text("from hypervl_jax.config import quickstart as get_config")
-    assert cli.load_config(str(tmp_path / "mine.py")) == config.quickstart()
-    whole = config.quickstart().train
+    (tmp_path / "mine.py").write_text("from hypervl_jax.presets import quickstart as get_config")
+    assert cli.load_config(str(tmp_path / "mine.py")) == presets.quickstart()
+    whole = presets.quickstart().train
     few = cli.load_config("quickstart", whole.steps // 10).train
     assert few.steps == whole.steps // 10
     assert few.stage0_steps == pytest.approx(whole.stage0_steps / 10, abs=1)
@@ -388,7 +388,7 @@ def test_steps_and_screens_must_be_some(tmp_path, tiny_folder, fails):
 
 
 def test_a_run_with_other_settings_is_left_alone(tmp_path, fails):
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(config.nano())))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(presets.nano())))
     before = snapshot(tmp_path)
     for argv in (["train", "tiny", "--out", tmp_path], ["quickstart", "--config", "tiny", "--out", tmp_path]):
         said = fails(*argv)
@@ -443,7 +443,7 @@ def test_train_makes_a_model_and_says_what_next(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
     cli.main(["train", "tiny", "--out", str(tmp_path), "--steps", "4"])
-    assert seen == [(config.tiny(), tmp_path)]
+    assert seen == [(presets.tiny(), tmp_path)]
     said = capsys.readouterr().out
     assert all(f"hypervl {verb}" in said for verb in ("ask", "eval", "export"))
 
@@ -454,7 +454,7 @@ def test_quickstart_runs_the_recipe(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(quickstart, "run", lambda *a: seen.append(a))
     cli.main(["quickstart", "--config", "tiny", "--out", str(tmp_path)])
-    assert seen == [(config.tiny(), tmp_path)]
+    assert seen == [(presets.tiny(), tmp_path)]
     assert str(tmp_path / "report.html") in capsys.readouterr().out
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hypervl_jax import compress, image
 from hypervl_jax.compress import CompressError, LabelSet
-from hypervl_jax.config import VrcConfig, VrcTrainConfig, tiny
+from hypervl_jax.config import VrcConfig, VrcTrainConfig
 from hypervl_jax.model import vrc
+from hypervl_jax.presets import tiny
 
 GRID = (0.1, 0.25, 0.5, 0.75, 1.0)
 HOW = VrcTrainConfig(ratios=GRID, batch=16)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypervl_jax import config
+from hypervl_jax import config, presets
 from hypervl_jax.config import (
     Config,
     ConfigError,
@@ -37,7 +37,7 @@ def leaves(cls: type, path: tuple[str, ...] = ()):
 
 
 LEAVES = list(leaves(Config))
-PRESET = st.sampled_from([config.preset(name) for name in config.PRESETS])
+PRESET = st.sampled_from([presets.preset(name) for name in presets.PRESETS])
 
 
 def at(tree: dict, path: tuple[str, ...]) -> dict:
@@ -61,11 +61,11 @@ def nudged(kind, old):
 # --- presets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", config.PRESETS)
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_are_values(name):
-    cfg = config.preset(name)
-    assert cfg == config.preset(name)
-    assert hash(cfg) == hash(config.preset(name))
+    cfg = presets.preset(name)
+    assert cfg == presets.preset(name)
+    assert hash(cfg) == hash(presets.preset(name))
     assert cfg.name == name
     assert len(cfg.data.lengths) == len(cfg.data.tile_buckets)
     assert list(cfg.data.tile_buckets) == sorted(cfg.data.tile_buckets)
@@ -77,7 +77,7 @@ def test_the_largest_screen_of_a_preset_fits_its_buckets(name):
     from hypervl_jax import plan
     from hypervl_jax.data import pipeline
 
-    cfg = config.preset(name)
+    cfg = presets.preset(name)
     s = cfg.data.screens
     for height in range(s.min_side, s.max_side + 1):
         width = min(s.max_side, s.max_area // height)
@@ -90,7 +90,7 @@ def test_the_largest_screen_of_a_preset_fits_its_buckets(name):
 )
 def test_an_unknown_preset_is_answered_with_the_nearest(name, hint):
     with pytest.raises(ConfigError, match=hint):
-        config.preset(name)
+        presets.preset(name)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -143,16 +143,16 @@ def test_a_value_of_another_type_is_an_error_with_its_path(cfg, leaf, data):
 
 @pytest.mark.parametrize("path", [("model", "llm", "vocab"), ("model", "base", "width"), ("name",), ("model",)])
 def test_a_missing_setting_without_default_is_an_error(path):
-    values = config.to_dict(config.tiny())
+    values = config.to_dict(presets.tiny())
     del at(values, path)[path[-1]]
     with pytest.raises(ConfigError, match=rf"config\.{'.'.join(path)}: missing"):
         config.from_dict(Config, values)
 
 
 def test_settings_with_defaults_may_be_left_out():
-    values = config.to_dict(config.nano())
+    values = config.to_dict(presets.nano())
     got = config.from_dict(Config, {k: values[k] for k in ("name", "model", "data")})
-    assert got == Config("nano", config.nano().model, config.nano().data)
+    assert got == Config("nano", presets.nano().model, presets.nano().data)
 
 
 @pytest.mark.parametrize("found", [None, 3, "tiny", []])
@@ -188,7 +188,7 @@ def test_what_json_can_say_but_no_setting_can_be_is_an_error(text):
         (lambda: VitConfig(64, 2, 4, 128, tile=30, patch=16), "tile 30 must be a multiple of patch 16"),
         (lambda: LlmConfig(8, 8, 1, 3, 2, 4, 8), "heads 3 must be a multiple of kv_heads 2"),
         (lambda: LlmConfig(8, 8, 1, 2, 2, 5, 8), "head_dim 5 must be even"),
-        (lambda: dataclasses.replace(config.tiny().model, policy=PlanPolicy()), "the plan cuts tiles of 512"),
+        (lambda: dataclasses.replace(presets.tiny().model, policy=PlanPolicy()), "the plan cuts tiles of 512"),
         (lambda: VrcConfig(side=0), "side 0 must lie in 1 .. "),
         (lambda: VrcConfig(min_ratio=0.0), "min_ratio 0.0 must be above 0"),
         (lambda: TextConfig(coords=0), "coords must be at least 1"),
@@ -226,7 +226,7 @@ def test_sizes_that_cannot_be_are_refused_at_once(make, message):
 
 def test_the_parts_of_a_config_must_agree():
     """A point is written on the grid of the screens; a sheet is one tile."""
-    nano = config.nano()
+    nano = presets.nano()
     coarse = dataclasses.replace(nano.model, text=dataclasses.replace(nano.model.text, coords=1000))
     with pytest.raises(ValueError, match=r"'find' is answered on a grid of 100, model\.text\.coords is 1000"):
         dataclasses.replace(nano, model=coarse)
@@ -238,7 +238,7 @@ def test_the_parts_of_a_config_must_agree():
 
 
 def test_a_refusal_inside_json_names_its_place():
-    values = config.to_dict(config.tiny())
+    values = config.to_dict(presets.tiny())
     values["model"]["policy"]["patch"] = 0
     with pytest.raises(ConfigError, match=r"config\.model\.policy: .*at least 1"):
         config.from_dict(Config, values)
@@ -247,15 +247,15 @@ def test_a_refusal_inside_json_names_its_place():
 def test_an_unknown_branch_is_answered_with_the_two_there_are():
     # Under the tests' type checks the annotation answers, in use the function itself: both name the branches.
     with pytest.raises((ValueError, TypeError), match=r"base.*large"):
-        config.tiny().model.vit("huge")  # type: ignore
+        presets.tiny().model.vit("huge")  # type: ignore
 
 
 # --- hash ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_setting_changes_the_hash():
-    base = config.to_dict(config.tiny())
-    seen = {config.config_hash(config.tiny())}
+    base = config.to_dict(presets.tiny())
+    seen = {config.config_hash(presets.tiny())}
     for path, kind in LEAVES:
         if path[0] == "model":
             continue

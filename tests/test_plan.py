@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervl_jax import plan as plans
-from hypervl_jax.config import PlanPolicy, hypervl_1p7b
+from hypervl_jax.config import PlanPolicy
 from hypervl_jax.plan import PlanError, Tile, VisionPlan, make
+from hypervl_jax.presets import hypervl_1p7b
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.json"
 MODES = ("native_pad", "grid_match", "grid_pad")

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hypervl_jax import charts, plan, report
-from hypervl_jax.config import PlanPolicy, preset
+from hypervl_jax.config import PlanPolicy
 from hypervl_jax.data import screens
 from hypervl_jax.data.assets import Assets
+from hypervl_jax.presets import preset
 
 FIGURE = {"mean": 0.875, "n": 400, "low": 0.839, "high": 0.904}
 POLICY = PlanPolicy(tile=32, patch=8, max_tiles=9, min_side=16)

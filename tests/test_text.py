@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hypervl_jax import plan as plans
 from hypervl_jax import text
-from hypervl_jax.config import PlanPolicy, TextConfig, hypervl_1p7b
+from hypervl_jax.config import PlanPolicy, TextConfig
+from hypervl_jax.presets import hypervl_1p7b
 from hypervl_jax.text import MARKERS, SPECIALS, Prompt, Stream, TextError, Tokenizer
 
 CONCEPTS = [

@@ -17,7 +17,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from hypervl_jax import __version__
-from hypervl_jax.config import BRANCHES, PRESETS, Branch, Config, ConfigError, preset
+from hypervl_jax.config import BRANCHES, Branch, Config, ConfigError
+from hypervl_jax.presets import PRESETS, preset
 
 DEFAULT = "quickstart"  # weights that ship
 EXTRAS = {  # what an extra brings -> the extra

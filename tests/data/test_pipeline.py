@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypervl_jax import config, image, plan, text, tiling
+from hypervl_jax import image, plan, presets, text, tiling
 from hypervl_jax.data import pipeline
 from hypervl_jax.data.screens import Thing
 
-TINY = config.tiny()
+TINY = presets.tiny()
 POLICY = TINY.model.policy
 sides = st.integers(16, 64)
 sizes_of = st.lists(st.tuples(sides, sides), min_size=1, max_size=40).map(np.array)

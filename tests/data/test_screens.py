@@ -6,10 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hypervl_jax.config import ScreensConfig, nano, tiny
+from hypervl_jax.config import ScreensConfig
 from hypervl_jax.data import assets as archive
 from hypervl_jax.data import screens as S
 from hypervl_jax.data.assets import SPLITS, AssetError, Assets
+from hypervl_jax.presets import nano, tiny
 
 ASSETS = Assets.load()
 NANO = nano().data.screens

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hypervl_jax.config import nano, quickstart
 from hypervl_jax.data import sheets
 from hypervl_jax.data.assets import Assets
+from hypervl_jax.presets import nano, quickstart
 
 ASSETS, CFG = Assets.load(), quickstart().data.screens
 

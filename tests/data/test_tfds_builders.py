@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from hypervl_jax.config import ScreensConfig, tiny
+from hypervl_jax.config import ScreensConfig
 from hypervl_jax.data import screens
 from hypervl_jax.data.assets import Assets
+from hypervl_jax.presets import tiny
 
 pytest.importorskip("tensorflow_datasets", reason="preparing screens needs the train extra")
 from hypervl_jax.data import tfds_builders as T

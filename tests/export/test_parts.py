@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from hypervl_jax import config, plan, text
+from hypervl_jax import plan, presets, text
 from hypervl_jax.export import lower, manifest, parts, verify
 from hypervl_jax.export.lower import ExportError, ExportUnavailable
 from hypervl_jax.export.runtime import Runtime
@@ -193,7 +193,7 @@ def test_without_the_converter_export_says_so(tiny_model, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["tiny", "quickstart", "nano"])
 def test_default_lengths_hold_the_largest_prompt(name, tiny_tokenizer):
-    cfg = config.preset(name).model
+    cfg = presets.preset(name).model
     lengths, cache = parts.lengths(cfg, tiny_tokenizer)
     t, most = cfg.policy.tile, cfg.policy.max_tiles
     rows = max(r for r in range(1, text.MAX_GRID + 1) if most % r == 0)

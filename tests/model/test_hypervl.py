@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import checkpoint, config, image, plan, text, train
+from hypervl_jax import checkpoint, config, image, plan, presets, text, train
 from hypervl_jax.model import hypervl, llm
 
 BRANCHES = config.BRANCHES
@@ -18,7 +18,7 @@ BRANCHES = config.BRANCHES
 
 @pytest.fixture(scope="module")
 def paper():
-    return config.preset("hypervl_1p7b").model
+    return presets.preset("hypervl_1p7b").model
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_papers_decoder_compiles_and_traces_a_training_step(paper, paper_sha
         words=jax.ShapeDtypeStruct((b, 4), jnp.int32),
         weights=jax.ShapeDtypeStruct((b, 4, n * patches), jnp.float32),
     )  # fmt: skip
-    cfg = config.preset("hypervl_1p7b")
+    cfg = presets.preset("hypervl_1p7b")
     tables = {b: jax.ShapeDtypeStruct((74, paper.vit(b).width), jnp.float32) for b in BRANCHES}
     params = {g: tree for g, tree in paper_shapes.items() if g != "vrc"}
     params |= {f"names_{b}": {"names": table} for b, table in tables.items()}

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax.config import VrcConfig, tiny
+from hypervl_jax.config import VrcConfig
 from hypervl_jax.model import vrc
+from hypervl_jax.presets import tiny
 
 CFG = tiny().model.vrc
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from hypervl_jax import generate
-from hypervl_jax.config import LlmConfig, tiny
+from hypervl_jax.config import LlmConfig
 from hypervl_jax.model import llm
 from hypervl_jax.model.layers import RMSNorm
+from hypervl_jax.presets import tiny
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 pytest.importorskip("transformers", reason="needs the parity extra")

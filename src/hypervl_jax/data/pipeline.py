@@ -27,7 +27,8 @@ LEGIBLE = 7  # pixels a side, as shown: smaller things are not asked for by the 
 class Source(Protocol):
     """Random access to screens, and their (height, width) without decoding."""
 
-    sizes: np.ndarray
+    @property
+    def sizes(self) -> np.ndarray: ...
 
     def __getitem__(self, index: int) -> Screen: ...
     def __len__(self) -> int: ...

@@ -161,7 +161,7 @@ class Composed:
     def prepared(self) -> bool:
         return self._path.exists()
 
-    @functools.cached_property
+    @property
     def sizes(self) -> np.ndarray:
         if not self.prepared:
             n = getattr(self._cfg, self._split)
