@@ -1,4 +1,4 @@
-"""Configs with names: tiny (tests), quickstart (minutes), nano (the weights that ship), hypervl_1p7b (the paper's sizes)."""
+"""Configs with names: tiny (tests), quickstart (minutes), nano (what ships), hypervl_1p7b (the paper's sizes)."""
 
 from __future__ import annotations
 
