@@ -131,3 +131,13 @@ def test_shares_of_patches_become_shares_of_their_tokens():
     grid = weights.reshape(1, 2, 2, 2, 2, 2, 2)  # ..., tile, row of tokens, row inside, column, column inside
     want = grid.sum((-1, -3)).reshape(1, 2, 8)
     np.testing.assert_allclose(losses.pool_cells(jnp.asarray(weights, jnp.float32), 4, 2), want, rtol=1e-5)
+
+
+def test_cells_are_told_apart_by_their_place_in_the_tile():
+    """Two tiles of four cells; the last token of the second is padding and may say anything."""
+    table = 10 * jnp.eye(4)
+    tokens = jnp.tile(jnp.eye(4), (1, 2, 1)).at[0, 7].set(jnp.array([9.0, 0, 0, 0]))
+    real = jnp.arange(8)[None] < 7
+    assert losses.cell_loss(tokens, real, table) < 1e-3
+    assert losses.cell_loss(tokens, jnp.ones_like(real), table) > 1
+    assert losses.cell_loss(tokens[:, ::-1], real, table) > 1

@@ -28,9 +28,11 @@ def cfg(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def params(tiny_params, tiny_classes):
+def params(cfg, tiny_params, tiny_classes):
     table = np.random.default_rng(9).normal(size=(len(tiny_classes), 48)).astype(np.float32)
-    names = {"names_base": {"names": 0.1 * table[:, :32]}, "names_large": {"names": 0.1 * table}}
+    cells = 0.1 * table[: cfg.model.policy.tokens_per_tile]
+    names = {"base": 0.1 * table[:, :32], "large": 0.1 * table}
+    names = {f"names_{b}": {"names": names[b], "cells": cells} for b in names}
     return jax.tree.map(jnp.asarray, {**tiny_params, **names})
 
 

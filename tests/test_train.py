@@ -124,9 +124,9 @@ def test_the_log_has_a_line_a_step_with_the_parts_of_its_job(whole):
     lines = log(whole[0])
     always = {"step", "time", "grad_norm", "lr"}
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert set(lines[0]) == always | {"name_base", "word_base", "name_large", "word_large"}
-    assert set(lines[1]) == set(lines[3]) == always | {"name_large", "word_large", "loss_large"}
-    assert set(lines[2]) == always | {"name_base", "word_base", "loss_base", "kl"}
+    assert set(lines[0]) == always | {f"{k}_{b}" for k in ("name", "word", "cell") for b in BRANCHES}
+    assert set(lines[1]) == set(lines[3]) == always | {"name_large", "word_large", "cell_large", "loss_large"}
+    assert set(lines[2]) == always | {"name_base", "word_base", "cell_base", "loss_base", "kl"}
 
 
 def test_a_folder_of_other_settings_is_refused(whole, run, cfg):

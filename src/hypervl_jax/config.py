@@ -197,7 +197,8 @@ class ScreensConfig:
     print_height: tuple[int, ...] = (7, 40)  # pixels, height of a printed digit, log-uniform: small print is common
     hand_height: tuple[int, ...] = (14, 44)  # pixels, height of a handwritten digit
     digits: int = 4  # at most, of a number
-    questions: int = 4  # questions a screen
+    questions: int = 8  # questions a training screen
+    held_out_questions: int = 4  # of any other: fewer, on more screens
     sheets: int = 8_000  # tiles full of named things, what stage 0 learns from (`data/sheets.py`)
     sheet_side: int = 96  # pixels: that of a tile
     train: int = 24_000  # screens a split; `label` is what VRC learns from, both test splits are held out
@@ -214,7 +215,7 @@ class ScreensConfig:
         _within(self, 0, SIDE, "min_side", "max_side")
         _within(self, 0, SIDE**2, "max_area")
         _within(self, 1, SIDE, "sheet_side")
-        _within(self, 0, 64, "max_things", "questions", "digits")
+        _within(self, 0, 64, "max_things", "questions", "held_out_questions", "digits")
         _within(self, 0, SEEDS, "seed")
         if max((0, *self.picture, *self.print_height, *self.hand_height)) > SIDE:
             raise ValueError(f"picture, print_height and hand_height must end at {SIDE} or before")

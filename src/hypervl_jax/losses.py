@@ -61,3 +61,13 @@ def name_loss(
     of a table of one vector a name. `names` is -1 where there is none. Keeps a small model off the language prior."""
     pooled = jnp.einsum("bkf,bfd->bkd", weights, features)
     return mean_where(cross_entropy(jnp.einsum("bkd,cd->bkc", pooled, table), jnp.maximum(names, 0)), names >= 0)
+
+
+def cell_loss(
+    features: Float[Array, "B F D"], real: Bool[Array, "B F"], table: Float[Array, "T D"]
+) -> Float[Array, ""]:
+    """Every real token must say which of the T cells of its tile it is: what a decoder has to know to tell places. A
+    tile's tokens follow one another, so the cell of token f is f modulo T."""
+    cells = jnp.arange(features.shape[1]) % len(table)
+    logits = jnp.einsum("bfd,td->bft", features, table)
+    return mean_where(cross_entropy(logits, jnp.broadcast_to(cells, real.shape)), real)

@@ -21,7 +21,7 @@ def decays(params: Tree) -> Tree:
 
     def rule(path, _):
         names = [p.key for p in path]
-        return names[-1] in ("weight", "embed", "head", "names") and not any("norm" in n for n in names)
+        return names[-1] in ("weight", "embed", "head", "names", "cells") and not any("norm" in n for n in names)
 
     return jax.tree_util.tree_map_with_path(rule, params)
 

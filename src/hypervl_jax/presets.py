@@ -38,8 +38,8 @@ def tiny() -> Config:
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
     screens = ScreensConfig(
-        name="tiny", concepts=4, min_side=24, max_side=64, max_area=64 * 64, max_things=2, questions=2,
-        sheets=16, sheet_side=32, train=64, label=32, test_known=16, test_unseen=16,
+        name="tiny", concepts=4, min_side=24, max_side=64, max_area=64 * 64, max_things=2, questions=3,
+        held_out_questions=2, sheets=16, sheet_side=32, train=64, label=32, test_known=16, test_unseen=16,
     )  # fmt: skip
     return Config(
         "tiny",
@@ -67,7 +67,7 @@ def nano() -> Config:
     return Config(
         "nano",
         model,
-        DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(96, 128, 160, 176)),
+        DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(144, 200, 216, 224)),
         TrainConfig(steps=10_000, stage0_steps=4_000, scan=False),
         DclConfig(),
         VrcTrainConfig(steps=1_500, batch=32),
@@ -85,13 +85,13 @@ def quickstart() -> Config:
     )  # fmt: skip
     screens = ScreensConfig(
         name="quickstart", concepts=12, tasks=("name", "read"), min_side=36, max_side=112, max_area=64 * 64,
-        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=2,
-        sheets=6_000, sheet_side=64, train=6_000, label=800, test_known=400, test_unseen=400,
+        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=4,
+        held_out_questions=2, sheets=6_000, sheet_side=64, train=6_000, label=800, test_known=400, test_unseen=400,
     )  # fmt: skip
     return Config(
         "quickstart",
         model,
-        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(64, 96)),
+        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(88, 104)),
         TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400),
         DclConfig(),
         VrcTrainConfig(steps=200, batch=32),

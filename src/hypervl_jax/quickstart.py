@@ -224,7 +224,9 @@ def label(model: Model, cfg: Config, screens: Sequence[Screen]) -> compress.Labe
 
     def loss_at(indices: np.ndarray, ratio: float) -> np.ndarray:
         some = [screens[i] for i in indices]
-        return evaluate.answer_losses(model, cfg.vrc.branch, some, [ratio] * len(some), cfg.data.screens.questions)
+        return evaluate.answer_losses(
+            model, cfg.vrc.branch, some, [ratio] * len(some), cfg.data.screens.held_out_questions
+        )
 
     return compress.label_images(len(screens), loss_at, cfg.vrc, batch=256)
 

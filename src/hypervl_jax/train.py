@@ -51,9 +51,10 @@ def init_state(cfg: Config, classes: int) -> State:
     key, names = jax.random.split(jax.random.key(cfg.train.seed))
     fresh = jax.jit(lambda k: {g: p for g, p in hypervl.init(k, cfg.model).items() if g != "vrc"})
     params = fresh(key)
+    cells = cfg.model.policy.tokens_per_tile
     for branch in BRANCHES:
-        shape = classes, cfg.model.vit(branch).width
-        params[f"names_{branch}"] = {"names": 0.05 * jax.random.normal(names, shape)}
+        shapes = {"names": (classes, cfg.model.vit(branch).width), "cells": (cells, cfg.model.llm.width)}
+        params[f"names_{branch}"] = {k: 0.05 * jax.random.normal(names, shape) for k, shape in shapes.items()}
     return State(jnp.int32(0), params, optim.init(cfg.train, params))
 
 
@@ -101,9 +102,10 @@ def row_logits(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
 def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> tuple[Array, dict[str, Array]]:
     """The objective of one job and its parts. Gradients flow into `trained` only.
 
-    The image-name term reads twice: patches through a table of its own, and the tokens that the decoder will see
+    The image-name term has three parts: patches through a table of its own, and the tokens that the decoder will see
     through the decoder's own head, where each thing should already say the first token of its name. The second teaches
-    projector and head, not the encoder: tokens are too coarse to teach it small things.
+    projector and head, not the encoder: tokens are too coarse to teach it small things. And each token must say which
+    cell of its tile it is, so that the decoder can tell places.
     """
     params = {**fixed, **trained}
     seen = {b: patches(params, cfg, b, batch) for b in job.branches}
@@ -112,12 +114,18 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
     if cfg.train.name_weight:
         p = cfg.model.policy
         shares = losses.pool_cells(batch.weights, p.patches_per_side, p.merge)
+        shown = batch.mask.reshape(len(batch.mask), 1, -1).astype(jnp.float32)
+        real = losses.pool_cells(shown, p.patches_per_side, p.merge)[:, 0] > 0
         for b in job.branches:
-            near = losses.name_loss(seen[b], batch.weights, batch.names, params[f"names_{b}"]["names"])
+            tables = params[f"names_{b}"]
             alone = features(params, cfg, b, jax.lax.stop_gradient(seen[b]))
-            said = losses.name_loss(alone, shares, batch.words, llm.head(params["llm"]))
-            total, parts[f"name_{b}"] = total + cfg.train.name_weight * (near + said), near
-            parts[f"word_{b}"] = said
+            found = {
+                "name": losses.name_loss(seen[b], batch.weights, batch.names, tables["names"]),
+                "word": losses.name_loss(alone, shares, batch.words, llm.head(params["llm"])),
+                "cell": losses.cell_loss(alone, real, tables["cells"]),
+            }
+            total += cfg.train.name_weight * sum(found.values())
+            parts |= {f"{k}_{b}": v for k, v in found.items()}
     if job.stage0:
         return total, parts
     targets, mask = losses.shift(batch.ids, batch.loss)

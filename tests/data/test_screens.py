@@ -87,6 +87,23 @@ def test_sizes_shapes_and_questions_are_within_the_config():
     assert (ratio < 0.9).mean() > 0.05
 
 
+def test_a_training_screen_is_asked_more():
+    asked = {
+        split: [len(S.record(ASSETS, NANO, split, i).questions) for i in range(40)] for split in ("train", "label")
+    }
+    assert max(asked["label"]) == NANO.held_out_questions < max(asked["train"]) <= NANO.questions
+
+
+def test_the_place_asked_about_holds_one_thing_numbers_counted():
+    for s in ALL:
+        places = [S.place_of(t.box, s.image.shape[:2]) for t in s.things]
+        for q in s.questions:
+            if q.text == "what is this?":
+                assert len(s.things) == 1
+            elif q.task == "name":
+                assert places.count(q.text.removeprefix("what is at the ").rstrip("?")) == 1
+
+
 def test_things_lie_inside_and_apart():
     for s in ALL:
         h, w = s.image.shape[:2]

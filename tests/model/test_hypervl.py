@@ -74,12 +74,12 @@ def test_the_papers_decoder_compiles_and_traces_a_training_step(paper, paper_sha
         weights=jax.ShapeDtypeStruct((b, 4, n * patches), jnp.float32),
     )  # fmt: skip
     cfg = presets.preset("hypervl_1p7b")
-    tables = {b: jax.ShapeDtypeStruct((74, paper.vit(b).width), jnp.float32) for b in BRANCHES}
+    shapes = {b: {"names": (74, paper.vit(b).width), "cells": (256, paper.llm.width)} for b in BRANCHES}
     params = {g: tree for g, tree in paper_shapes.items() if g != "vrc"}
-    params |= {f"names_{b}": {"names": table} for b, table in tables.items()}
+    params |= {f"names_{b}": {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes[b].items()} for b in BRANCHES}
     grads, parts = jax.eval_shape(lambda p, b: train.gradients(p, cfg, train.Job(BRANCHES), b), params, batch)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
-    assert set(parts) == {"kl", *(f"{part}_{b}" for part in ("name", "word", "loss") for b in BRANCHES)}
+    assert set(parts) == {"kl", *(f"{part}_{b}" for part in ("name", "word", "cell", "loss") for b in BRANCHES)}
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------

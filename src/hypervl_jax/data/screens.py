@@ -77,8 +77,8 @@ def check(assets: Assets, cfg: ScreensConfig) -> None:
         raise ScreenError(f"concepts {cfg.concepts}: the archive has {len(assets.words)}, and two are the least")
     if not 16 <= cfg.min_side <= cfg.max_side or cfg.max_area < cfg.min_side**2:
         raise ScreenError("sides: need 16 <= min_side <= max_side and max_area >= min_side^2")
-    if cfg.max_things < 1 or cfg.questions < 1 or cfg.digits < 1:
-        raise ScreenError("max_things, questions and digits must be at least 1")
+    if min(cfg.max_things, cfg.questions, cfg.held_out_questions, cfg.digits) < 1:
+        raise ScreenError("max_things, questions, held_out_questions and digits must be at least 1")
     for name in ("picture", "print_height", "hand_height"):
         span = getattr(cfg, name)
         if len(span) != 2 or not 7 <= span[0] <= span[1]:
@@ -99,7 +99,8 @@ def _compose(rng: Generator, assets: Assets, cfg: ScreensConfig, split: Split) -
     if pictures_wanted and not (number and rng.random() < ALONE):
         things += _pictures(rng, assets, cfg, split, canvas, taken)
     artists = {t.artist for t in things if t.kind == "picture"}
-    questions = _questions(rng, assets, cfg, things, (height, width))
+    most = cfg.questions if split == "train" else cfg.held_out_questions
+    questions = _questions(rng, assets, cfg, things, (height, width), most)
     artist = artists.pop() if len(artists) == 1 else "mixed" if artists else ""
     return Screen(canvas, tuple(things), questions, artist, digit_height)
 
@@ -216,9 +217,9 @@ def point_of(box: Box, size: tuple[int, int]) -> str:
 
 
 def _questions(
-    rng: Generator, assets: Assets, cfg: ScreensConfig, things: list[Thing], size: tuple[int, int]
+    rng: Generator, assets: Assets, cfg: ScreensConfig, things: list[Thing], size: tuple[int, int], most: int
 ) -> tuple[Question, ...]:
-    """The number, if any; then one task after the other in random order until there are `cfg.questions`."""
+    """The number, if any; then one task after the other in random order until there are `most`."""
     asked = [
         Question("read", "what is the number?", t.concept, t.box)
         for t in things
@@ -226,28 +227,35 @@ def _questions(
     ]
     pictures = [t for t in things if t.kind == "picture"]
     if not pictures:
-        return tuple(asked[: cfg.questions])
-    ask = {"name": _name, "find": _find, "count": _count, "yesno": _yesno}
-    pools = [ask[t](rng, assets, cfg, pictures, size) for t in rng.permutation([t for t in cfg.tasks if t in ask])]
-    while len(asked) < cfg.questions and any(pools):
+        return tuple(asked[:most])
+    ask = {
+        "name": lambda: _name(rng, things, size),
+        "find": lambda: _find(rng, pictures, size),
+        "count": lambda: _count(rng, assets, cfg, pictures),
+        "yesno": lambda: _yesno(rng, assets, cfg, pictures),
+    }
+    pools = [ask[t]() for t in rng.permutation([t for t in cfg.tasks if t in ask])]
+    while len(asked) < most and any(pools):
         asked += [p.pop() for p in pools if p]
-    return tuple(asked[: cfg.questions])
+    return tuple(asked[:most])
 
 
-def _name(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Thing], size: tuple[int, int]):
-    places = Counter(place_of(t.box, size) for t in pictures)
+def _name(rng: Generator, things: list[Thing], size: tuple[int, int]) -> list[Question]:
+    """What is at a place where nothing else is, a number neither."""
+    places = Counter(place_of(t.box, size) for t in things)
+    pictures = [t for t in things if t.kind == "picture"]
     pool = [
         Question("name", f"what is at the {place_of(t.box, size)}?", t.concept, t.box)
         for t in pictures
         if places[place_of(t.box, size)] == 1
     ]
-    if len(pictures) == 1:
-        pool.append(Question("name", "what is this?", pictures[0].concept, pictures[0].box))
+    if len(things) == 1:
+        pool += [Question("name", "what is this?", t.concept, t.box) for t in pictures]
     rng.shuffle(pool)  # type: ignore
     return pool
 
 
-def _find(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Thing], size: tuple[int, int]):
+def _find(rng: Generator, pictures: list[Thing], size: tuple[int, int]) -> list[Question]:
     times = Counter(t.concept for t in pictures)
     pool = [
         Question("find", f"where is the {t.concept}?", point_of(t.box, size), t.box)
@@ -264,7 +272,7 @@ def _absent(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[T
     return rest[rng.integers(len(rest))] if rest else None
 
 
-def _count(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Thing], size: tuple[int, int]):
+def _count(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Thing]) -> list[Question]:
     times = Counter(t.concept for t in pictures)
     word, most = times.most_common(1)[0]
     if most == 1:
@@ -273,7 +281,7 @@ def _count(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Th
     return [Question("count", f"how many {word}?", str(times[word]), None)]
 
 
-def _yesno(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Thing], size: tuple[int, int]):
+def _yesno(rng: Generator, assets: Assets, cfg: ScreensConfig, pictures: list[Thing]) -> list[Question]:
     other = _absent(rng, assets, cfg, pictures) if rng.random() < 0.5 else None
     target = pictures[rng.integers(len(pictures))]
     box = None if other else target.box
