@@ -291,9 +291,9 @@ class VrcTrainConfig:
 
     branch: Branch = "base"
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    tolerance: float = 1.05  # epsilon
-    floor: float = 0.02  # eta, nats
-    rule: Literal["first", "suffix"] = "suffix"
+    tolerance: float = 1.5  # epsilon
+    floor: float = 0.3  # eta, nats
+    rule: Literal["first", "suffix"] = "first"
     reduce: Literal["max", "mean"] = "max"  # several questions about one picture
     steps: int = 1_500
     batch: int = 64

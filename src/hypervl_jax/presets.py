@@ -67,7 +67,7 @@ def nano() -> Config:
     return Config(
         "nano",
         model,
-        DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(144, 200, 216, 224)),
+        DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
         TrainConfig(steps=10_000, stage0_steps=4_000, scan=False),
         DclConfig(),
         VrcTrainConfig(steps=1_500, batch=32),
@@ -91,7 +91,7 @@ def quickstart() -> Config:
     return Config(
         "quickstart",
         model,
-        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(88, 104)),
+        DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(96, 120)),
         TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400),
         DclConfig(),
         VrcTrainConfig(steps=200, batch=32),

@@ -105,7 +105,7 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
     The image-name term has three parts: patches through a table of its own, and the tokens that the decoder will see
     through the decoder's own head, where each thing should already say the first token of its name. The second teaches
     projector and head, not the encoder: tokens are too coarse to teach it small things. And each token must say which
-    cell of its tile it is, so that the decoder can tell places.
+    cell of its tile it is, or encoders so trained forget it and the decoder cannot tell places.
     """
     params = {**fixed, **trained}
     seen = {b: patches(params, cfg, b, batch) for b in job.branches}
@@ -122,7 +122,7 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
             found = {
                 "name": losses.name_loss(seen[b], batch.weights, batch.names, tables["names"]),
                 "word": losses.name_loss(alone, shares, batch.words, llm.head(params["llm"])),
-                "cell": losses.cell_loss(alone, real, tables["cells"]),
+                "cell": losses.cell_loss(feats[b], real, tables["cells"]),
             }
             total += cfg.train.name_weight * sum(found.values())
             parts |= {f"{k}_{b}": v for k, v in found.items()}
