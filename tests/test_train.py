@@ -238,10 +238,12 @@ def test_stage_0_holds_the_peak_and_the_cosine_spans_the_rest(cfg):
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_screens_that_fit_no_bucket_are_found_before_the_first_step(cfg, run, tmp_path):
+def test_screens_and_rows_that_fit_no_bucket_are_found_before_the_first_step(cfg, run, tmp_path):
     few = replace(cfg, data=replace(cfg.data, tile_buckets=(1,), lengths=(96,)))
-    with pytest.raises(ValueError, match="tile_buckets"):
-        run(tmp_path, few)
+    short = replace(cfg, data=replace(cfg.data, lengths=(96, 40, 128)))
+    for bad, setting in ((few, "tile_buckets"), (short, r"data\.lengths")):
+        with pytest.raises(ValueError, match=setting):
+            run(tmp_path, bad)
     assert not list(tmp_path.iterdir())
 
 

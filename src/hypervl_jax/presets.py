@@ -68,7 +68,7 @@ def nano() -> Config:
         "nano",
         model,
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
-        TrainConfig(steps=10_000, stage0_steps=4_000, scan=False),
+        TrainConfig(steps=9_000, stage0_steps=4_000, scan=False),
         DclConfig(),
         VrcTrainConfig(steps=1_500, batch=32),
     )
@@ -85,7 +85,7 @@ def quickstart() -> Config:
     )  # fmt: skip
     screens = ScreensConfig(
         name="quickstart", concepts=12, tasks=("name", "read"), min_side=36, max_side=112, max_area=64 * 64,
-        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=4,
+        max_things=3, picture=(24, 56), print_height=(9, 40), hand_height=(16, 44), digits=1, questions=2,
         held_out_questions=2, sheets=6_000, sheet_side=64, train=6_000, label=800, test_known=400, test_unseen=400,
     )  # fmt: skip
     return Config(

@@ -188,8 +188,9 @@ def run(
     fit no bucket.
     """
     out = Path(out)
-    for some in (sheets, source):  # found out now, not after stage 0
-        pipeline.schedule(some.sizes, cfg.data, cfg.model.policy, cfg.train.seed, 1)
+    words = cfg.data, cfg.model.policy, cfg.model.text, tokenizer, cfg.train.seed
+    pipeline.schedule(sheets.sizes, cfg.data, cfg.model.policy, cfg.train.seed, 1)
+    pipeline.check(source, *words, cfg.train.steps - cfg.train.stage0_steps, progress)  # now, not after stage 0
     out.mkdir(parents=True, exist_ok=True)
     _same_run(out / "train.json", cfg, classes)
     ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)

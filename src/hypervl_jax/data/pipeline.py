@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from tqdm import tqdm
 
 from hypervl_jax import image, plan, text
 from hypervl_jax.config import DataConfig, PlanPolicy, TextConfig
@@ -92,6 +93,28 @@ def schedule(sizes: np.ndarray, cfg: DataConfig, policy: PlanPolicy, seed: int, 
                 waiting[b] = []
         out += [epoch[j] for j in rng.permutation(len(epoch))]
     return out[:steps]
+
+
+def check(
+    source: Source, cfg: DataConfig, policy: PlanPolicy, text_cfg: TextConfig, tokenizer: Tokenizer, seed: int,
+    steps: int, progress: bool = True,
+) -> None:  # fmt: skip
+    """Raises `ValueError` where a picture or a row of the first `steps` batches fits no bucket: before training, not
+    in it. Reads every record once."""
+    specs = schedule(source.sizes, cfg, policy, seed, steps)
+    used = sorted({i for spec in specs for i in spec.indices})
+    words = {}  # tokens of a row besides its picture's
+    for i in tqdm(used, "check rows", disable=not progress, leave=False):
+        whole, asked = _plan(tuple(map(int, source.sizes[i])), 1.0, policy), source[i].questions
+        row = text.render_questions(whole, [(q.text, q.answer) for q in asked], tokenizer, text_cfg)
+        words[i] = len(row.ids) - text.visual_tokens(whole, text_cfg)
+    most = [0] * len(cfg.lengths)
+    for spec in specs:
+        for i, ratio in zip(spec.indices, spec.ratios, strict=True):
+            shown = text.visual_tokens(_plan(tuple(map(int, source.sizes[i])), ratio, policy), text_cfg)
+            most[spec.bucket] = max(most[spec.bucket], words[i] + shown)
+    if any(need > has for need, has in zip(most, cfg.lengths, strict=True)):
+        raise ValueError(f"rows of up to {most} tokens do not fit data.lengths {list(cfg.lengths)}: raise them")
 
 
 def collate(

@@ -15,9 +15,8 @@ from hypervl_jax.data import painting
 from hypervl_jax.data.assets import SPLITS, Assets, Split
 from hypervl_jax.data.screens import Screen, Thing
 
-SLOT = (12, 56)  # pixels a side of what is shown, log-uniform
-SMALL = 18  # pixels: below it a drawing says little, and numbers are more frequent
-NUMBER = (0.5, 0.3)  # of the slots show a number: small ones, others
+SLOT = (12, 48)  # pixels a side of what is shown, log-uniform
+NUMBER = 0.5  # of the slots show a number
 SALT = 7  # sheets and screens of one index differ
 
 
@@ -40,8 +39,7 @@ def compose(rng: np.random.Generator, assets: Assets, cfg: ScreensConfig, split:
     things = []
     for top, bottom in pairwise(edges):
         for left, right in pairwise(edges):
-            share = NUMBER[0] if right - left < SMALL else NUMBER[1]
-            paint = _number if "read" in cfg.tasks and rng.random() < share else _picture
+            paint = _number if "read" in cfg.tasks and rng.random() < NUMBER else _picture
             things.append(paint(rng, assets, cfg, split, canvas, (left, top, right, bottom)))
     return Screen(canvas, tuple(things), (), "mixed", 0.0)
 
