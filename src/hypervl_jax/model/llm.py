@@ -103,9 +103,9 @@ class Llm(nn.Module):
         """Hidden states after the final norm. With `caches`, keys and values of these L positions are written at
         `start` and `mask` runs over all S cached positions; S must be at least start + L (the write would clamp)."""
         c = self.cfg
-        self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.width))
+        self.param("embed", nn.initializers.normal(c.width**-0.5), (c.vocab, c.width))
         if not c.tied:
-            self.param("head", nn.initializers.normal(0.02), (c.vocab, c.width))
+            self.param("head", nn.initializers.normal(c.width**-0.5), (c.vocab, c.width))
         cos, sin = rotary(positions, c.head_dim, c.rope_theta)
         x, caches = Stack(Block, c, c.depth, self.scan, self.remat, name="blocks")(x, caches, cos, sin, mask, start)
         return RMSNorm(c.eps, name="norm")(x), caches
