@@ -308,12 +308,12 @@ def calibrate(
     Found on held-out pictures, handed to `predict(..., scale=)`: the dial between cost and quality.
     """
     grid, tokens, correct = _check_tables(ratios, tokens, correct)
-    scales = np.geomspace(4.0, 0.25, 65)
+    scales = np.geomspace(1 / grid[0], 0.25, 97)  # from what leaves no picture smaller
     found = (saving_retention(np.minimum(f * predicted, 1.0), grid, tokens, correct).retained for f in scales)
     good = [float(f) for f, _ in itertools.takewhile(lambda x: x[1] >= retain, zip(scales, found, strict=True))]
     if good:
         return good[-1]
-    raise CompressError(f"no factor up to 4 retains {retain:.1%}: the predictions are far too small; train VRC longer")
+    raise CompressError(f"no factor up to {scales[0]:.0f} retains {retain:.1%}: predictions are below {grid[0]}")
 
 
 def spearman(a: Numbers, b: Numbers) -> float:
