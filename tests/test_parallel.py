@@ -51,12 +51,12 @@ def ragged(cfg, tiny_source, tiny_tokenizer, tiny_classes):
 
 @pytest.fixture(scope="module")
 def even(ragged):
-    """The same screens with the same count in every row: one answer and one thing each."""
+    """The same screens with the same count in every row: one answer and one thing each, and every token real."""
     loss = ragged.loss & (ragged.segments == 1)
     first = jnp.arange(ragged.names.shape[1]) == 0
     names, words = (jnp.where(first, jnp.maximum(x, 0), -1) for x in (ragged.names, ragged.words))
     assert loss.any(1).all()
-    return ragged._replace(loss=loss, names=names, words=words)
+    return ragged._replace(loss=loss, names=names, words=words, mask=jnp.ones_like(ragged.mask))
 
 
 @pytest.fixture(scope="module")
