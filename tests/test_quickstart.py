@@ -11,6 +11,7 @@ import pytest
 
 from hypervl_jax import compress, config, evaluate, judge, quickstart, train
 from hypervl_jax.config import ConfigError
+from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.quickstart import Stages
 
 
@@ -83,6 +84,15 @@ def test_what_made_a_summary():
     found = quickstart._origin()
     assert {"jax", "flax", "numpy"} <= set(found["versions"])
     assert found["command"]
+
+
+def test_a_command_does_not_tell_where_results_went():
+    assert quickstart._without_out(["quickstart", "--out", "/home/me", "--steps", "9"]) == [
+        "quickstart",
+        "--steps",
+        "9",
+    ]
+    assert quickstart._without_out(["train", "nano", "--out=/home/me"]) == ["train", "nano"]
 
 
 @pytest.fixture
@@ -195,8 +205,7 @@ def test_words_of_a_run_are_made_once(tiny_config, tiny_source, tmp_path):
     assert first.encode("where is the anchor?") == again.encode("where is the anchor?")
 
 
-@pytest.mark.slow
-def test_the_whole_of_it(tiny_config, tmp_path, capsys):
+def test_the_whole_of_it(tiny_config, tmp_path, capsys, monkeypatch):
     pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
     summary = quickstart.run(tiny_config, tmp_path)
     assert summary == json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
@@ -224,3 +233,13 @@ def test_the_whole_of_it(tiny_config, tmp_path, capsys):
     other = dataclasses.replace(tiny_config, name="other")
     with pytest.raises(ConfigError, match="other settings"):
         quickstart.run(other, tmp_path)
+
+    def no_wheel(*_):
+        raise ExportUnavailable("no converter here")
+
+    monkeypatch.setattr(quickstart, "_export", no_wheel)
+    (tmp_path / "stages" / "export.json").unlink()
+    bare = quickstart.run(tiny_config, tmp_path)
+    assert bare["accuracy"] == summary["accuracy"]
+    assert not {"export", "accuracy_litert"} & set(bare)
+    assert "not exported: no converter here" in capsys.readouterr().out

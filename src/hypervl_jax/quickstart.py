@@ -186,7 +186,13 @@ def _origin() -> dict[str, Any]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
             found |= {"commit": git.stdout.strip()} if git.returncode == 0 else {}
-    return {**found, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    return {**found, "command": shlex.join(["hypervl", *_without_out(sys.argv[1:])])}
+
+
+def _without_out(argv: list[str]) -> list[str]:
+    """A command line without where its results went: a summary is shown to others."""
+    at = next((i for i, a in enumerate(argv) if a == "--out"), len(argv))
+    return [a for i, a in enumerate(argv) if i not in (at, at + 1) and not a.startswith("--out=")]
 
 
 def _write(path: Path, values: Any) -> None:
