@@ -36,7 +36,7 @@ $(PARITY): $(STAMP)
 quickstart: $(STAMP) ## train, evaluate and export a small model from scratch; writes quickstart/report.html (about ten minutes)
 	$(BIN)/hypervl quickstart
 
-nano: $(STAMP) ## the recipe of the shipped weights, from scratch (hours on two cores)
+nano: $(STAMP) ## the same with 64 things and five tasks (hours on two cores)
 	$(BIN)/hypervl quickstart --config configs/nano.py --out runs/nano
 
 test: parity lint typecheck ## lint, types and all tests

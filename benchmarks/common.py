@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hypervl_jax.cli import DEFAULT
+
 HERE = Path(__file__).parent
-DEFAULT = "nano"  # the weights that ship
 PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert")
 
 

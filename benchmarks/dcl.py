@@ -72,7 +72,7 @@ class Lab(NamedTuple):
     cfg: Config
     train: tfds_builders.ScreenSource
     sheets: tfds_builders.ScreenSource
-    tokenizer: evaluate.text.Tokenizer
+    tokenizer: evaluate.tokens.Tokenizer
     classes: tuple[str, ...]
 
     @classmethod

@@ -1,5 +1,5 @@
-"""The weights that ship, on all their held-out screens: new compositions by known artists, and an artist never seen;
-other digits, other fonts.
+"""A model (the weights that ship, unless told) on all its held-out screens: known artists and one never seen; other
+digits, other fonts.
 
 Accuracy per task with Wilson 95 % intervals: both branches, full size and at VRC's ratios, beside two controls that do
 not look (always the most common answer; the same model shown another screen's picture). Answers a second are medians of

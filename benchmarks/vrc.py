@@ -38,7 +38,7 @@ from hypervl_jax.evaluate import Answer
 from hypervl_jax.model import vrc
 
 SURE = 0.1  # nats a token: below it the model knows the answer
-TOLERANCES = (1.02, 1.05, 1.1, 1.2)
+TOLERANCES = (1.1, 1.2, 1.5, 2.0)
 FACTORS = tuple(float(f) for f in np.geomspace(0.25, 4, 9))
 PHONE = (2400, 1080)  # pixels, (height, width)
 
@@ -80,11 +80,13 @@ def legible_sizes(screens: Sequence[Screen], found: LabelSet, how: VrcTrainConfi
 
 
 def legible(screens: Sequence[Screen], least: dict[str, float]) -> dict[str, np.ndarray]:
-    """How much of its area a screen must keep, f64[n]: the largest (`least` / size)^2 over the things it shows. "all",
-    and NaN but for screens that need most for a "number" or for a "picture"."""
-    need, kind = np.zeros(len(screens)), np.full(len(screens), "       ")
+    """How much of its area a screen must keep, f64[n]: the largest (`least` / size)^2 over the things it shows, kinds
+    of unknown need left out. "all", and NaN but for screens that need most for a "number" or for a "picture"."""
+    need, kind = np.full(len(screens), np.nan), np.full(len(screens), "       ")
     for i, s in enumerate(screens):
-        need[i], kind[i] = max(((least[t.kind] / size_of(t.kind, t.box)) ** 2, t.kind) for t in s.things)
+        some = [t for t in s.things if np.isfinite(least[t.kind])]
+        if some:
+            need[i], kind[i] = max(((least[t.kind] / size_of(t.kind, t.box)) ** 2, t.kind) for t in some)
     only = {name: np.where(kind == k, need, np.nan) for name, k in (("number", "digit"), ("picture", "picture"))}
     return {"all": need, **only}
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from hypervl_jax import checkpoint, generate, image, plan, presets, text
+from hypervl_jax import checkpoint, generate, image, plan, presets, text, tokens
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.data import screens
 from hypervl_jax.data.assets import Assets
@@ -82,7 +82,7 @@ def main(name: str | None = None) -> None:
     say(f"{ids.shape[1]} tokens in the prompt, {int((slots >= 0).sum())} of them visual")
 
     # --- decoding by hand, beside the library's loop -----------------------------------------------------------------
-    end, forbidden = model.tokenizer.special(text.IM_END), jnp.asarray(model.tokenizer.forbidden(cfg.llm.vocab))
+    end, forbidden = model.tokenizer.special(tokens.IM_END), jnp.asarray(model.tokenizer.forbidden(cfg.llm.vocab))
     greedy, key, unpadded = generate.Sampler(), jax.random.key(0), jnp.zeros(1, jnp.int32)
     state = jax.jit(generate.prefill, static_argnums=(1, 5))(params, cfg, x, unpadded, key, x.shape[1] + NEW)
     step = jax.jit(lambda state: generate.sample_step(params, cfg, state, greedy, forbidden, end))
@@ -115,7 +115,7 @@ def untrained() -> Model:
     """The tiny preset with random weights, and a tokenizer of its few words."""
     words = [QUESTION, *Assets.load().words]
     cfg = presets.tiny().model
-    return Model(cfg, hypervl.init(jax.random.key(0), cfg), text.train_tokenizer(words * 2), {})
+    return Model(cfg, hypervl.init(jax.random.key(0), cfg), tokens.train_tokenizer(words * 2), {})
 
 
 def same(how: str, got: jax.Array, want: jax.Array) -> None:

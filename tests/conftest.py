@@ -1,7 +1,9 @@
 """What every test shares: eight simulated CPU devices, a compilation cache that outlives the run, and a tiny model with
 weights, tokenizer and screens. Nothing here may be changed in place."""
 
+import importlib.util
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,9 +105,9 @@ def tiny_classes(tiny_config):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_source):
-    from hypervl_jax import text
+    from hypervl_jax import tokens
 
-    return text.train_tokenizer(t for s in tiny_source.records for q in s.questions for t in (q.text, q.answer) * 2)
+    return tokens.train_tokenizer(t for s in tiny_source.records for q in s.questions for t in (q.text, q.answer) * 2)
 
 
 @pytest.fixture(scope="session")
@@ -148,3 +150,21 @@ def tiny_picture(tiny_source, tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "screen.png"
     Image.fromarray(tiny_source[3].image).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Imports a script of `benchmarks/` the way running it does: with its folder on the path."""
+    folder, before = Path(__file__).parents[1] / "benchmarks", set(sys.modules)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    sys.path.insert(0, str(folder))
+    yield load
+    sys.path.remove(str(folder))
+    for name in {p.stem for p in folder.glob("*.py")} - before:
+        sys.modules.pop(name, None)

@@ -1,6 +1,5 @@
 """The arithmetic of `benchmarks/`: intervals, and what dcl.py, vrc.py and nano.py make of answers. No model runs."""
 
-import importlib.util
 import json
 import sys
 from argparse import ArgumentParser
@@ -17,23 +16,6 @@ from hypervl_jax.data.screens import Question, Screen, Thing
 from hypervl_jax.evaluate import Answer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load():
-    """Imports a script of `benchmarks/` the way running it does: with its folder on the path."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    sys.path.insert(0, str(FOLDER))
-    yield load
-    sys.path.remove(str(FOLDER))
-    for name in ("common", "dcl", "vrc", "nano"):
-        sys.modules.pop(name, None)
 
 
 # --- common ----------------------------------------------------------------------------------------------------------
@@ -184,6 +166,11 @@ def test_the_legible_scale_is_of_the_thing_that_needs_most(load):
     np.testing.assert_allclose(need["all"], [0.25, 0.64])
     np.testing.assert_allclose(need["number"], [0.25, np.nan])
     np.testing.assert_allclose(need["picture"], [np.nan, 0.64])
+
+
+def test_kinds_of_unknown_need_say_nothing(load):
+    need = load("vrc").legible([screen(DIGIT, LARGE), screen(DIGIT)], {"digit": float("nan"), "picture": 8.0})
+    np.testing.assert_allclose(need["all"], [0.04, np.nan])
 
 
 def test_what_a_thing_needs_is_measured_on_the_models_losses(load):

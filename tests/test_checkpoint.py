@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from hypervl_jax import checkpoint, config
 from hypervl_jax.checkpoint import CheckpointError, Checkpoints
 from hypervl_jax.config import ConfigError
-from hypervl_jax.text import TextError
+from hypervl_jax.tokens import TextError
 
 WEIGHTS, CONFIG = checkpoint.WEIGHTS, checkpoint.CONFIG
 names = st.text("abc_1", min_size=1, max_size=4)

@@ -41,7 +41,7 @@ def test_label_rules(losses, first, suffix):
 def test_rules_apply_along_the_last_axis():
     losses = np.array([row[0] for row in RULES]).reshape(2, 3, 5)
     want = np.array([row[2] for row in RULES]).reshape(2, 3)
-    np.testing.assert_array_equal(compress.label(losses, GRID, 1.05, 0.0), want)
+    np.testing.assert_array_equal(compress.label(losses, GRID, 1.05, 0.0, "suffix"), want)
 
 
 def test_the_printed_max_rule_is_degenerate():
@@ -49,13 +49,13 @@ def test_the_printed_max_rule_is_degenerate():
     losses = np.random.default_rng(0).exponential(size=(1000, len(GRID)))
     within = losses / losses[:, -1:] <= 1.05
     assert all(max(np.array(GRID)[row]) == 1.0 for row in within)
-    assert 0.1 < np.mean(compress.label(losses, GRID, rule="first")) < 0.9
+    assert 0.1 < np.mean(compress.label(losses, GRID, 1.05, 0.02, "first")) < 0.9
 
 
 def test_the_floor_forgives_what_nobody_notices():
     losses = np.array([0.5, 0.0011, 0.0010, 0.0010, 0.0010])  # 10 % worse than almost nothing
-    assert compress.label(losses, GRID, 1.05, floor=0.0) == 0.5
-    assert compress.label(losses, GRID, 1.05, floor=0.02) == 0.25
+    assert compress.label(losses, GRID, 1.05, 0.0, "suffix") == 0.5
+    assert compress.label(losses, GRID, 1.05, 0.02, "suffix") == 0.25
 
 
 @given(st.lists(st.floats(0, 20), min_size=5, max_size=5), st.floats(1, 2), st.floats(0, 0.1))
@@ -75,7 +75,7 @@ def test_label_properties(losses, tolerance, floor):
 )
 def test_label_refuses_nonsense(ratios, tolerance, cure):
     with pytest.raises(CompressError, match=cure):
-        compress.label(np.ones(len(ratios)), ratios, tolerance)
+        compress.label(np.ones(len(ratios)), ratios, tolerance, 0.0, "first")
 
 
 # --- labelling pictures ----------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hypervl_jax import plan as plans
-from hypervl_jax import text
+from hypervl_jax import text, tokens
 from hypervl_jax.config import PlanPolicy, TextConfig
 from hypervl_jax.presets import hypervl_1p7b
-from hypervl_jax.text import MARKERS, SPECIALS, Prompt, Stream, TextError, Tokenizer
+from hypervl_jax.text import Prompt, Stream
+from hypervl_jax.tokens import MARKERS, SPECIALS, TextError, Tokenizer
 
 CONCEPTS = [
     "strawberry", "banana", "watermelon", "pineapple", "dolphin", "elephant", "bicycle", "airplane", "umbrella",
@@ -50,7 +51,7 @@ few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChec
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     assert len(CONCEPTS) == 64
-    return text.train_tokenizer(question.format(c) for c in CONCEPTS for question in QUESTIONS * 2)
+    return tokens.train_tokenizer(question.format(c) for c in CONCEPTS for question in QUESTIONS * 2)
 
 
 def user(*parts: str | None) -> dict:
@@ -92,11 +93,11 @@ def test_every_digit_is_a_token_of_its_own(tokenizer):
 
 def test_training_is_deterministic_and_needs_few_texts(tokenizer):
     texts = [question.format(c) for c in CONCEPTS for question in QUESTIONS * 2]
-    assert text.train_tokenizer(texts).encode("Where is the koala?") == tokenizer.encode("Where is the koala?")
-    assert text.train_tokenizer([]).decode(text.train_tokenizer([]).encode("héllo")) == "héllo"
-    assert text.train_tokenizer(texts, 329).vocab_size == 329  # no room for a single word
+    assert tokens.train_tokenizer(texts).encode("Where is the koala?") == tokenizer.encode("Where is the koala?")
+    assert tokens.train_tokenizer([]).decode(tokens.train_tokenizer([]).encode("héllo")) == "héllo"
+    assert tokens.train_tokenizer(texts, 329).vocab_size == 329  # no room for a single word
     with pytest.raises(TextError, match="need 329"):
-        text.train_tokenizer(texts, 328)
+        tokens.train_tokenizer(texts, 328)
 
 
 @settings(deadline=None)
@@ -286,9 +287,9 @@ def test_markers_are_added_after_the_last_id_once(tokenizer, tmp_path):
     bare = Tokenizer(spec, "bare.json")
     with pytest.raises(TextError, match=r"bare\.json: has no token <row_1_col_1>; .*with_markers"):
         bare.special("<row_1_col_1>")
-    full = text.with_markers(bare)
+    full = tokens.with_markers(bare)
     assert [full.special(m) for m in MARKERS] == list(range(bare.vocab_size, bare.vocab_size + 65))
-    assert text.with_markers(full).vocab_size == full.vocab_size
+    assert tokens.with_markers(full).vocab_size == full.vocab_size
     assert bare.vocab_size == full.vocab_size - 65  # the one we started from is left as it was
 
 
@@ -296,7 +297,7 @@ def test_the_real_qwen3_tokenizer():
     path = os.environ.get("HYPERVL_QWEN_TOKENIZER")
     if not path or not Path(path).is_file():
         pytest.skip("set HYPERVL_QWEN_TOKENIZER to Qwen3's tokenizer.json to compare with it")
-    qwen, library = text.with_markers(Tokenizer.load(path)), tokenizers.Tokenizer.from_file(path)
+    qwen, library = tokens.with_markers(Tokenizer.load(path)), tokenizers.Tokenizer.from_file(path)
     known = (151643, 151644, 151645, 151652, 151653, 151655, 151667, 151668)
     assert tuple(qwen.special(name) for name in SPECIALS) == known
     assert [qwen.special(m) for m in MARKERS] == list(range(151669, 151734))

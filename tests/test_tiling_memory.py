@@ -1,9 +1,7 @@
 """The benchmark of tiling memory, and what all benchmarks share."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +9,6 @@ import numpy as np
 import pytest
 
 from hypervl_jax.model import hypervl, layers
-
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load():
-    """Imports a script of `benchmarks/` the way running it does: with its folder on the path."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    sys.path.insert(0, str(FOLDER))
-    yield load
-    sys.path.remove(str(FOLDER))
-    for name in ("common", "tiling_memory"):
-        sys.modules.pop(name, None)
 
 
 def test_attention_in_query_chunks_is_attention(load):

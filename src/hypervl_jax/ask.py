@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hypervl_jax import compress, evaluate, generate, image, plan, text
+from hypervl_jax import compress, evaluate, generate, image, plan, text, tokens
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch, ModelConfig
 from hypervl_jax.model import hypervl
@@ -57,9 +57,9 @@ def answer(
     tok, cfg = model.tokenizer, model.config
     row = evaluate.prompt(model, seen.plan, question)
     length = -(-len(row[0]) // 32) * 32  # few programs: lengths by 32
-    ids, slots, pads = generate.pad_left([row], length, tok.special(text.PAD))
+    ids, slots, pads = generate.pad_left([row], length, tok.special(tokens.PAD))
     x = hypervl.embed(model.params, jnp.asarray(ids), jnp.asarray(slots), seen.features)
-    end, forbidden = tok.special(text.IM_END), jnp.asarray(tok.forbidden(cfg.llm.vocab))
+    end, forbidden = tok.special(tokens.IM_END), jnp.asarray(tok.forbidden(cfg.llm.vocab))
     sampler, key = generate.Sampler(temperature), jax.random.key(secrets.randbits(32) if seed is None else seed)
     out, said = text.Stream(tok), 0
     for token in generate.stream(model.params, cfg, x, jnp.asarray(pads), forbidden, key, sampler, end, new):

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from hypervl_jax import __version__, config
 from hypervl_jax.config import ModelConfig
-from hypervl_jax.text import Tokenizer
+from hypervl_jax.tokens import Tokenizer
 
 try:
     import fcntl

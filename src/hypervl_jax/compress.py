@@ -40,9 +40,9 @@ Numbers = float | int | Sequence[Any] | np.ndarray | np.generic | Array
 def label(
     losses: Float[np.ndarray, "*N R"],
     ratios: Sequence[float] | np.ndarray,
-    tolerance: float = 1.05,
-    floor: float = 0.02,
-    rule: Literal["first", "suffix"] = "suffix",
+    tolerance: float,
+    floor: float,
+    rule: Literal["first", "suffix"],
 ) -> Float[np.ndarray, "*N"]:
     """The smallest ratio whose loss is at most `tolerance` times the loss at full size (HyperVL 3.2).
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 Branch = Literal["base", "large"]
 BRANCHES: tuple[Branch, ...] = ("base", "large")
+GRID = 100  # points of composed screens are on a grid of GRID x GRID cells
 SIDE, MANY, SEEDS = 8192, 10_000_000, 2**32 - 1  # pixels, records of a split, seeds: more is a slip or a trap
 
 
@@ -320,8 +321,6 @@ class Config:
     vrc: VrcTrainConfig = field(default_factory=VrcTrainConfig)
 
     def __post_init__(self):
-        from hypervl_jax.data.screens import GRID
-
         screens, tile, coords = self.data.screens, self.model.policy.tile, self.model.text.coords
         if "find" in screens.tasks and coords != GRID:
             raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from hypervl_jax import compress, generate, image, losses, plan, ratio, text
+from hypervl_jax import compress, generate, image, losses, plan, ratio, text, tokens
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch, ModelConfig
 from hypervl_jax.data.screens import Question, Screen
@@ -138,10 +138,10 @@ def _answer_batch(
     screens = [b for b, job in enumerate(jobs) for _ in job.questions]
     fill = batch * most - len(rows)
     length = -(-max(len(ids) for ids, _ in rows) // 32) * 32
-    ids, slots, pads = generate.pad_left(rows + rows[:1] * fill, length, tok.special(text.PAD))
+    ids, slots, pads = generate.pad_left(rows + rows[:1] * fill, length, tok.special(tokens.PAD))
     features = _features(model.params, cfg, branch, tiles, mask)
     x = _embed(model.params, ids, slots, features, np.array(screens + [0] * fill))
-    end, forbidden = tok.special(text.IM_END), tok.forbidden(cfg.llm.vocab)
+    end, forbidden = tok.special(tokens.IM_END), tok.forbidden(cfg.llm.vocab)
     said = generate.generate(model.params, cfg, x, pads, forbidden, jax.random.key(0), generate.Sampler(), end, NEW)
     answers = iter([text.strip_answer(tok, row) for row in np.asarray(said)])
     for job in jobs:
@@ -257,7 +257,7 @@ def _rows(
             ]
             length = -(-max(len(r.ids) for r in rows) // 32) * 32
             tiles, mask = _tiles([screens[i].image for i in fill], [plans[i] for i in fill], n, BATCH)
-            yield now, (tiles, mask, text.stack(rows, length, tok.special(text.PAD)))
+            yield now, (tiles, mask, text.stack(rows, length, tok.special(tokens.PAD)))
 
 
 def _tiles(images: Sequence[np.ndarray], plans: Sequence[VisionPlan], n: int, batch: int):

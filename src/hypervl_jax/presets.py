@@ -1,4 +1,4 @@
-"""Configs with names: tiny (tests), quickstart (minutes), nano (what ships), hypervl_1p7b (the paper's sizes)."""
+"""Configs with names: tiny (tests), quickstart (minutes), nano (hours), hypervl_1p7b (the paper's sizes)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny() -> Config:
 
 
 def nano() -> Config:
-    """The model whose weights ship: about 3 M parameters, 64 things, five tasks, screens of up to seven tiles."""
+    """Made to be shipped: about 3 M parameters, 64 things, five tasks, screens of up to seven tiles."""
     model = _model(
         64, 8, (96, 4, 3), (128, 6, 4),
         llm=LlmConfig(vocab=512, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp=384),

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, text, train
+from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, tokens, train
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
 from hypervl_jax.data import pipeline
@@ -75,16 +75,16 @@ def corpus(screens: Iterable[Screen]) -> Iterable[str]:
             yield from (q.text, q.answer)
 
 
-def words(cfg: Config, source: pipeline.Source, path: Path) -> text.Tokenizer:
+def words(cfg: Config, source: pipeline.Source, path: Path) -> tokens.Tokenizer:
     """The tokenizer at `path`, trained on the first screens of `source` where there is none."""
     if not path.exists():
         some = (source[i] for i in range(min(2_000, len(source))))
         part = path.with_suffix(".part")
-        text.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(part)
+        tokens.train_tokenizer(corpus(some), cfg.model.llm.vocab).save(part)
         os.replace(part, path)
     try:
-        return text.Tokenizer.load(path)
-    except text.TextError as e:
+        return tokens.Tokenizer.load(path)
+    except tokens.TextError as e:
         raise config.ConfigError(f"{e}; delete it and run again, the same one is made anew") from e
 
 
@@ -218,7 +218,7 @@ def _same_config(path: Path, cfg: Config) -> None:
 
 
 def _train(
-    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: text.Tokenizer, names: tuple[str, ...],
+    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: tokens.Tokenizer, names: tuple[str, ...],
     out: Path,
 ) -> dict:  # fmt: skip
     state = train.run(cfg, source, sheets, tokenizer, names, out / "train")

@@ -26,7 +26,7 @@ from hypervl_jax.data import pipeline
 from hypervl_jax.data.pipeline import Batch
 from hypervl_jax.data.sheets import most
 from hypervl_jax.model import hypervl, llm
-from hypervl_jax.text import Tokenizer
+from hypervl_jax.tokens import Tokenizer
 
 
 class TrainError(RuntimeError):

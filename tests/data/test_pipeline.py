@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypervl_jax import image, plan, presets, text, tiling
+from hypervl_jax import image, plan, presets, text, tiling, tokens
 from hypervl_jax.data import pipeline
 from hypervl_jax.data.screens import Thing
 
@@ -118,7 +118,7 @@ def test_a_batch_holds_what_its_spec_says(tiny_batches, tiny_config, tiny_source
             assert not batch.mask[b, p.n_tiles :].any()
             asked = [(q.text, q.answer) for q in screen.questions]
             row = text.pad(
-                text.render_questions(p, asked, tiny_tokenizer, m.text), length, tiny_tokenizer.special(text.PAD)
+                text.render_questions(p, asked, tiny_tokenizer, m.text), length, tiny_tokenizer.special(tokens.PAD)
             )
             for got, want in zip(batch[2:7], row, strict=True):
                 np.testing.assert_array_equal(got[b], want)

@@ -196,7 +196,7 @@ def test_default_lengths_hold_the_largest_prompt(name, tiny_tokenizer):
     cfg = presets.preset(name).model
     lengths, cache = parts.lengths(cfg, tiny_tokenizer)
     t, most = cfg.policy.tile, cfg.policy.max_tiles
-    rows = max(r for r in range(1, text.MAX_GRID + 1) if most % r == 0)
+    rows = max(r for r in range(1, plan.MAX_GRID + 1) if most % r == 0)
     p = plan.make((rows * t, most // rows * t), 1.0, cfg.policy)
     assert p.n_tiles == most + 1
     content = [{"type": "image"}, {"type": "text", "text": "~" * 64}]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import compress, generate, image, plan, text
+from hypervl_jax import compress, generate, image, plan, text, tokens
 from hypervl_jax.export import manifest, runtime, verify
 from hypervl_jax.export.manifest import ManifestError
 from hypervl_jax.export.runtime import AnswerError, Runtime
@@ -39,13 +39,13 @@ def jax_answers(model, screens, ratios, branch):
         mask = np.zeros((10, cfg.policy.patches_per_side**2), bool)
         tiles[: p.n_tiles], mask[: p.n_tiles] = image.prepare(s.image, p), p.patch_mask()
         features[b] = np.asarray(encode(model.params, cfg, branch, tiles, mask)).reshape(features[b].shape)
-    ids, slots, pads = generate.pad_left(rows, 192, tok.special(text.PAD))
+    ids, slots, pads = generate.pad_left(rows, 192, tok.special(tokens.PAD))
     x = hypervl.embed(model.params, jnp.asarray(ids), jnp.asarray(slots), jnp.asarray(features))
-    end, forbidden = tok.special(text.IM_END), tok.forbidden(cfg.llm.vocab)
+    end, forbidden = tok.special(tokens.IM_END), tok.forbidden(cfg.llm.vocab)
     said = generate.generate(
         model.params, cfg, x, jnp.asarray(pads), jnp.asarray(forbidden), jax.random.key(0), generate.Sampler(), end, NEW
     )
-    stops = {end, tok.special(text.PAD)}
+    stops = {end, tok.special(tokens.PAD)}
     return [tuple(row[: next((i for i, t in enumerate(row) if t in stops), NEW)]) for row in np.asarray(said).tolist()]
 
 
@@ -115,11 +115,11 @@ def test_pieces_come_one_by_one_and_make_the_text(files, tiny_screens):
 
 def test_an_answer_ends_where_the_model_ends_it(files, tiny_screens, monkeypatch):
     tok = files.tokenizer
-    script, step = iter([*tok.encode("ab"), tok.special(text.IM_END)]), files.step
+    script, step = iter([*tok.encode("ab"), tok.special(tokens.IM_END)]), files.step
 
     def led(x, at, caches):
         logits, caches = step(x, at, caches)
-        logits[[tok.special(text.IM_START), tok.special(text.PAD)]] = 1e4  # forbidden
+        logits[[tok.special(tokens.IM_START), tok.special(tokens.PAD)]] = 1e4  # forbidden
         logits[next(script)] = 1e3
         return logits, caches
 
@@ -136,7 +136,7 @@ def test_an_answer_is_cut_by_the_cache(exported, tiny_screens, monkeypatch):
 
     def endless(x, at, caches):
         logits, caches = step(x, at, caches)
-        logits[[files.tokenizer.special(text.IM_END), files.tokenizer.special(text.PAD)]] = -1e9
+        logits[[files.tokenizer.special(tokens.IM_END), files.tokenizer.special(tokens.PAD)]] = -1e9
         return logits, caches
 
     monkeypatch.setattr(files, "step", endless)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import checkpoint, config, image, plan, presets, text, train
+from hypervl_jax import checkpoint, config, image, plan, presets, text, tokens, train
 from hypervl_jax.model import hypervl, llm
 
 BRANCHES = config.BRANCHES
@@ -186,7 +186,7 @@ def test_a_row_of_questions_equals_each_question_alone(features, picture, tiny_p
     questions = [("what is this?", "pizza"), ("how many pizza?", "2"), ("what is the number?", "4071")]
     rows = [text.render_questions(p, qs, tiny_tokenizer, cfg.text) for qs in (questions, *([q] for q in questions))]
     length = max(len(r.ids) for r in rows) + 3
-    batch = text.stack(rows, length, tiny_tokenizer.special(text.PAD))
+    batch = text.stack(rows, length, tiny_tokenizer.special(tokens.PAD))
 
     @jax.jit
     def run(params, features, ids, slots, positions, segments):

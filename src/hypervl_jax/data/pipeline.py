@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax import image, plan, text
+from hypervl_jax import image, plan, text, tokens
 from hypervl_jax.config import DataConfig, PlanPolicy, TextConfig
 from hypervl_jax.data.screens import Screen, Thing
 from hypervl_jax.plan import VisionPlan
-from hypervl_jax.text import Tokenizer
+from hypervl_jax.tokens import Tokenizer
 
 DIGITS = tuple("0123456789")
 Rows = Any  # numpy as it is loaded, traced in a step
@@ -145,7 +145,7 @@ def collate(
                 names[b, k], words[b, k] = name, first[name]
                 weights[b, k, : share.size] = share
     return Batch(
-        tiles, mask, *text.stack(prompts, cfg.lengths[bucket], tokenizer.special(text.PAD)), names, words, weights
+        tiles, mask, *text.stack(prompts, cfg.lengths[bucket], tokenizer.special(tokens.PAD)), names, words, weights
     )
 
 

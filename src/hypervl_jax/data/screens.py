@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import ScreensConfig
+from ..config import GRID, ScreensConfig
 from . import painting
 from .assets import SPLITS, Assets, Split
 from .painting import Box, Generator, Rect
 
 TASKS = ("name", "find", "read", "count", "yesno")
 ROWS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
-GRID = 100  # `find` answers on a grid of GRID x GRID cells over the image
 NUMBERS = 0.6  # of the screens show a number ...
 ALONE = 0.15  # ... of those, show nothing else
 REPEATS = 0.5  # of the screens show one thing several times, so that counts of 2 to 4 are not rare

@@ -152,25 +152,29 @@ class Composed:
     """The same records, composed when they are asked for: what `build` gives where array_record has no wheel (Windows).
     Sizes are found once, by composing everything, and kept."""
 
-    def __init__(self, cfg: ScreensConfig, data_dir: Path | str, split: str, progress: bool = False):
+    def __init__(self, cfg: ScreensConfig, data_dir: Path | str, split: str):
         self._cfg, self._split = cfg, split
         self._path = Path(data_dir) / "composed" / f"{name_of(cfg)}-{split}.npy"
-        self._progress = progress
 
     @property
     def prepared(self) -> bool:
         return self._path.exists()
 
-    @property
-    def sizes(self) -> np.ndarray:
+    def prepare(self, progress: bool) -> None:
         if not self.prepared:
-            n = getattr(self._cfg, self._split)
-            bar = tqdm(range(n), f"screens {self._split}", disable=not self._progress, leave=False)
+            bar = tqdm(range(len(self)), f"screens {self._split}", disable=not progress, leave=False)
             sizes = np.array([self[i].image.shape[:2] for i in bar], np.int32)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             np.save(part := self._path.with_suffix(".part.npy"), sizes)
             part.replace(self._path)
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
         return np.load(self._path)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._sizes
 
     def __len__(self) -> int:
         return getattr(self._cfg, self._split)
@@ -207,8 +211,10 @@ def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> Ma
     """
     if not _stored():
         screens.check(Assets.load(), cfg)
-        found = {s: Composed(cfg, data_dir, s, progress) for s in SETS if getattr(cfg, s)}
-        return {s: source for s, source in found.items() if source.sizes is not None}
+        found = {s: Composed(cfg, data_dir, s) for s in SETS if getattr(cfg, s)}
+        for source in found.values():
+            source.prepare(progress)
+        return found
     builder = _builder(cfg, data_dir, progress)
     tfds.disable_progress_bar()  # one bar a split, ours
     with contextlib.redirect_stdout(sys.stderr):  # what TFDS says is nobody's result

@@ -35,7 +35,7 @@ from hypervl_jax.export.lower import ExportError, Signature
 from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
 from hypervl_jax.model import hypervl, llm, vrc
-from hypervl_jax.text import Tokenizer
+from hypervl_jax.tokens import Tokenizer
 
 _f32, _i32 = jnp.float32, jnp.int32
 _array = jax.ShapeDtypeStruct

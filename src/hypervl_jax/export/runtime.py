@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from hypervl_jax import image, plan, ratio, text
+from hypervl_jax import image, plan, ratio, text, tokens
 from hypervl_jax.config import BRANCHES, Branch
 from hypervl_jax.export import lower, manifest
 from hypervl_jax.export.manifest import Manifest, ManifestError
@@ -59,7 +59,7 @@ class Runtime:
         except ManifestError as e:
             raise ManifestError(f"{self.directory / manifest.NAME}: {e}; export again") from e
         self.cache_length = next(iter(self._cache.values()))[2]
-        self.tokenizer = text.Tokenizer.load(self.directory / self.manifest.tokenizer.file)
+        self.tokenizer = tokens.Tokenizer.load(self.directory / self.manifest.tokenizer.file)
         self._forbidden = self.tokenizer.forbidden(self.config.llm.vocab)
         self._runners: dict[str, lower.Runner] = {}
         self._seconds: dict[str, float] = {}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypervl_jax import compress, generate, image, plan, text
+from hypervl_jax import compress, generate, image, plan, tokens
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch
 from hypervl_jax.export.lower import ExportError
@@ -138,7 +138,7 @@ def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch,
     """
     answer = runtime.answer(pixels, QUESTION, branch, vrc=False, max_new=STEPS)
     tok, n = model.tokenizer, x.shape[1]
-    forbidden, end = tok.forbidden(model.config.llm.vocab), tok.special(text.IM_END)
+    forbidden, end = tok.forbidden(model.config.llm.vocab), tok.special(tokens.IM_END)
     state, caches, decode, regret = _prefilled(model, runtime, x), runtime.prefill(x[:, :-1]), 0.0, 0.0
     for i in range(len(answer.ids) + answer.ended):
         want = np.asarray(state.logits[0])
