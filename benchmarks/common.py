@@ -146,15 +146,6 @@ def load_model(name: str | None) -> tuple[Any, str]:
     return checkpoint.load_model(path), os.path.relpath(path, HERE.parent)
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927); (0, 1) when nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = successes / n, z * z / n
-    middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def machine() -> dict[str, Any]:
     """What kind of machine this is; no names, no addresses. `kind` is "cpu" or the accelerator, fit for a file name."""
     import jax  # here: a benchmark may set JAX's environment after it imports this file

@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from common import Bar, arguments, compile_cache, finish, load_model, model_options, wilson
+from common import Bar, arguments, compile_cache, finish, load_model, model_options
 
 from hypervl_jax import evaluate, judge
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES
 from hypervl_jax.data.screens import Screen
+from hypervl_jax.evaluate import Accuracy, Answer
 
 WAYS = tuple((branch, shrink) for branch in BRANCHES for shrink in (False, True))
 Table = dict[str, dict[str, float]]  # "task_known" or "task_unseen" -> mean, n, low, high
@@ -29,13 +30,13 @@ def name_of(branch: str, shrink: bool) -> str:
     return branch + ("_vrc" if shrink else "")
 
 
-def whole(table: Table, task: str) -> dict[str, float]:
-    """A task on both splits together."""
-    rows = [row for name, row in table.items() if name.rsplit("_", 1)[0] == task]
-    n = int(sum(row["n"] for row in rows))
-    right = round(sum(row["mean"] * row["n"] for row in rows))
-    low, high = wilson(right, n)
-    return {"mean": right / max(n, 1), "n": n, "low": low, "high": high}
+def together(said: dict[str, list[Answer]]) -> dict[str, Accuracy]:
+    """Accuracy per task on all splits as one."""
+    start, answers = 0, []
+    for some in said.values():
+        answers += [a._replace(screen=start + a.screen) for a in some]
+        start += 1 + max((a.screen for a in some), default=0)
+    return evaluate.accuracy(answers)
 
 
 def margin(table: Table, controls: dict[str, dict[str, float]]) -> tuple[float, str]:
@@ -43,14 +44,17 @@ def margin(table: Table, controls: dict[str, dict[str, float]]) -> tuple[float, 
     return min((row["mean"] - max(c.get(task, 0.0) for c in controls.values()), task) for task, row in table.items())
 
 
-def bars_of(branch: str, table: Table, controls: dict[str, dict[str, float]]) -> list[Bar]:
+def bars_of(branch: str, table: Table, tasks: dict[str, Accuracy], controls: dict[str, dict[str, float]]) -> list[Bar]:
     """What the shipped weights must reach, for one branch at full size; tasks that were not asked fall short."""
 
     def mean(task: str) -> float:
         return table[task]["mean"] if task in table else float("nan")
 
     return [
-        *(Bar(f"nano.{branch}.{task}", whole(table, task)["mean"], 0.8) for task in ("read", "find")),
+        *(
+            Bar(f"nano.{branch}.{task}", tasks[task].mean if task in tasks else float("nan"), 0.8)
+            for task in ("read", "find")
+        ),
         Bar(f"nano.{branch}.name_known", mean("name_known"), 0.9),
         Bar(f"nano.{branch}.name_unseen", mean("name_unseen"), 0.5),
         Bar(f"nano.{branch}.above_controls", margin(table, controls)[0], 0.15),
@@ -96,6 +100,7 @@ def main() -> int:
         }
     seconds = time.perf_counter() - start
     tables = {name_of(*way): judge.per_task(said[f"eval_{name_of(*way)}"]) for way in WAYS}
+    tasks = {branch: together(said[f"eval_{branch}"]) for branch in BRANCHES}
     controls = judge.without_looking(model, tests)
     show(tables, controls)
     saved = judge.savings(cfg, model, tests, ratios, said)
@@ -108,10 +113,10 @@ def main() -> int:
         print(f"{branch}: the task least above its controls is {task}, by {gap:.3f}")
     metrics = {
         "model": where, "screens": count, "accuracy": tables, "controls": controls, "vrc": saved, "seconds": seconds,
-        "tasks": {b: {t: whole(tables[b], t) for t in cfg.data.screens.tasks} for b in BRANCHES},
+        "tasks": {b: {t: a._asdict() for t, a in tasks[b].items()} for b in BRANCHES},
         "answers_per_second": speed, "speed_base_over_large": speed["base"] / speed["large"],
     }  # fmt: skip
-    return finish("nano", metrics, [bar for b in BRANCHES for bar in bars_of(b, tables[b], controls)], args)
+    return finish("nano", metrics, [bar for b in BRANCHES for bar in bars_of(b, tables[b], tasks[b], controls)], args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from hypervl_jax import evaluate, image, plan, text
 from hypervl_jax.data.screens import Question, Screen
-from hypervl_jax.evaluate import Accuracy, Job
+from hypervl_jax.evaluate import Accuracy, Answer, Job
 from hypervl_jax.model import hypervl, llm
 
 BLANK = np.zeros((50, 100, 3), np.uint8)
@@ -66,6 +66,19 @@ def test_accuracy_per_task():
     answers = [evaluate.Answer(0, "name", "a", "a", True), evaluate.Answer(1, "name", "b", "a", False)]
     answers.append(evaluate.Answer(1, "count", "2", "2", True))
     assert evaluate.accuracy(answers) == {"name": evaluate.wilson(1, 2), "count": evaluate.wilson(1, 1)}
+
+
+def test_questions_about_one_screen_count_for_what_they_are_worth():
+    """The same answers: four screens all right or all wrong tell less than sixteen screens asked once."""
+    hits = [i < 4 for i in range(8)]
+    alone = [Answer(i, "name", "a", "a", hits[i]) for i in range(8)]
+    alike = [Answer(i // 4, "name", "a", "a", hits[i]) for i in range(8)]
+    assert evaluate.accuracy(alone)["name"] == pytest.approx(evaluate.wilson(4, 8))
+    assert evaluate.accuracy(alike)["name"] == pytest.approx(evaluate.wilson(4, 8, effective=2.0))
+    spread = [Answer(i % 2, "name", "a", "a", hits[i]) for i in range(8)]  # every screen half right
+    assert evaluate.accuracy(spread)["name"] == pytest.approx(evaluate.wilson(4, 8))  # never more than were asked
+    sure = [Answer(i // 4, "name", "a", "a", True) for i in range(8)]
+    assert evaluate.accuracy(sure)["name"] == pytest.approx(evaluate.wilson(8, 8, effective=2.0))
 
 
 def test_majority_is_the_best_that_one_answer_can_do():

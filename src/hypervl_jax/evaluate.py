@@ -48,12 +48,14 @@ class Accuracy(NamedTuple):
     high: float
 
 
-def wilson(correct: int, n: int, z: float = 1.96) -> Accuracy:
-    """Wilson score interval of a proportion; (0, 0, 0, 1) of nothing."""
+def wilson(correct: int, n: int, effective: float | None = None, z: float = 1.96) -> Accuracy:
+    """Wilson score interval of a proportion; (0, 0, 0, 1) of nothing. `effective` stands in for n where trials are not
+    independent."""
     if n == 0:
         return Accuracy(0.0, 0, 0.0, 1.0)
-    p, d = correct / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / d
+    p, m = correct / n, effective or n
+    d = 1 + z * z / m
+    middle, half = (p + z * z / (2 * m)) / d, z * (p * (1 - p) / m + z * z / (4 * m * m)) ** 0.5 / d
     return Accuracy(p, n, max(0.0, middle - half), min(1.0, middle + half))
 
 
@@ -271,11 +273,19 @@ def _tiles(images: Sequence[np.ndarray], plans: Sequence[VisionPlan], n: int, ba
 
 
 def accuracy(answers: Iterable[Answer]) -> dict[str, Accuracy]:
-    """Per task."""
-    hits: dict[str, list[bool]] = defaultdict(list)
+    """Per task. Questions about one screen are not independent: the interval is that of the number of independent
+    questions whose mean would vary as much as this one does from screen to screen, never more than were asked."""
+    hits: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for a in answers:
-        hits[a.task].append(a.correct)
-    return {task: wilson(sum(h), len(h)) for task, h in sorted(hits.items())}
+        hits[a.task][a.screen].append(a.correct)
+    out = {}
+    for task, screens in sorted(hits.items()):
+        right, asked = np.array([(sum(h), len(h)) for h in screens.values()]).T
+        n, p = int(asked.sum()), right.sum() / asked.sum()
+        spread = float(np.square(right - p * asked).sum())  # n^2 times the variance of the ratio right / asked
+        worth = n * n * p * (1 - p) / spread if spread else n if 0 < p < 1 else len(screens)
+        out[task] = wilson(int(right.sum()), n, min(float(worth), n))
+    return out
 
 
 def per_screen(answers: Sequence[Answer], n: int) -> np.ndarray:

@@ -154,7 +154,7 @@ def _answers(summary: Summary) -> str:
         rows.append(f"<tr><th>{escape(TASKS.get(task, task))}<small>{n:,} questions</small>{controls}{figures}")
     table = (
         f"<div class=scroll><table><thead><tr><th rowspan=2><th colspan=2>Controls{head}<tr>{sub}</thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div><p class=note>Per cent correct, and the Wilson 95 % interval. "
+        f"<tbody>{''.join(rows)}</tbody></table></div><p class=note>Per cent correct, and its Wilson 95 % interval. "
         f"Controls: {escape('; '.join(f'{k}, {v}' for k, v in CONTROLS.items()))}.</p>"
     )
     return figure + table
