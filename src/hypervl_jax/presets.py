@@ -62,7 +62,7 @@ def nano() -> Config:
     )  # fmt: skip
     screens = ScreensConfig(
         min_side=48, max_side=176, max_area=96 * 120, max_things=5, picture=(24, 64), print_height=(9, 40),
-        hand_height=(16, 44), digits=3, sheets=12_000, sheet_side=64,
+        hand_height=(16, 44), digits=3, sheets=12_000, sheet_side=64, label=9_000,
     )  # fmt: skip
     return Config(
         "nano",
@@ -70,7 +70,7 @@ def nano() -> Config:
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
         TrainConfig(steps=9_000, stage0_steps=4_000, scan=False),
         DclConfig(),
-        VrcTrainConfig(steps=1_500, batch=32),
+        VrcTrainConfig(known=0.7),
     )
 
 
@@ -94,7 +94,7 @@ def quickstart() -> Config:
         DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(96, 120)),
         TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400),
         DclConfig(),
-        VrcTrainConfig(steps=200, batch=32),
+        VrcTrainConfig(known=0.7, steps=200),
     )
 
 
