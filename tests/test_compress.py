@@ -119,17 +119,6 @@ def test_questions_that_need_no_picture_are_dropped():
     np.testing.assert_array_equal(np.isnan(got.losses[..., 0]), [[True, False], [True, True], [False, True]])
 
 
-def test_questions_that_the_model_cannot_answer_have_no_say():
-    """The first needs full size, the second is a guess at every size; a picture of guesses alone has no label."""
-    losses = np.array([[[2.0, 1.0, 0.1], [3.0, 2.9, 3.0]], [[3.0, 2.9, 3.0], [np.nan] * 3]])
-    cfg = VrcTrainConfig(ratios=(0.25, 0.5, 1.0), tolerance=1.5, floor=0.3, reduce="mean")
-    found = LabelSet(np.array(cfg.ratios), losses, np.full(2, np.nan))
-    assert found.again(cfg).labels.tolist() == [0.625, 0.25]
-    sure = found.again(replace(cfg, known=0.7))
-    assert sure.labels[0] == 1
-    assert sure.kept.tolist() == [True, False]
-
-
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_losses_that_are_not_finite_are_named(broken):
     def loss_at(indices, ratio):

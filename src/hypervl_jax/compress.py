@@ -80,9 +80,8 @@ class LabelSet(NamedTuple):
         return LabelSet(self.ratios, self.losses[:n], self.labels[:n])
 
     def again(self, cfg: VrcTrainConfig) -> LabelSet:
-        """The labels that the same losses give under the tolerance, floor and rules of `cfg`. A question that the model
-        cannot answer at full size (`known`) tells chance from chance, and has no say."""
-        asked = self.losses[..., -1] <= cfg.known  # not so for NaN
+        """The labels that the same losses give under the tolerance, floor and rules of `cfg`."""
+        asked = ~np.isnan(self.losses[..., -1])
         passed = label(np.nan_to_num(self.losses), self.ratios, cfg.tolerance, cfg.floor, cfg.rule)
         each = np.where(asked, passed, np.nan)
         some, labels = asked.any(-1), np.full(len(asked), np.nan)

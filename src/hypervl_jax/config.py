@@ -296,7 +296,6 @@ class VrcTrainConfig:
     floor: float = 0.3  # eta, nats
     rule: Literal["first", "suffix"] = "first"
     reduce: Literal["max", "mean"] = "max"  # several questions about one picture
-    known: float = 20.0  # nats: what has a larger loss at full size the model cannot answer, so it is not asked
     steps: int = 6_000
     batch: int = 32
     lr: float = 6e-3
@@ -305,7 +304,7 @@ class VrcTrainConfig:
 
     def __post_init__(self):
         _positive(self, "steps", "batch")
-        _above_zero(self, "tolerance", "known", "lr")
+        _above_zero(self, "tolerance", "lr")
         _within(self, 0, MANY, "floor", "weight_decay")
         _within(self, 0, SEEDS, "seed")
         if self.ratios[-1:] != (1.0,) or not all(a < b for a, b in itertools.pairwise((0, *self.ratios))):

@@ -70,7 +70,7 @@ def nano() -> Config:
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
         TrainConfig(steps=9_000, stage0_steps=4_000, scan=False),
         DclConfig(),
-        VrcTrainConfig(known=0.7),
+        VrcTrainConfig(),
     )
 
 
@@ -94,7 +94,7 @@ def quickstart() -> Config:
         DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(96, 120)),
         TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400),
         DclConfig(),
-        VrcTrainConfig(known=0.7, steps=200),
+        VrcTrainConfig(steps=200),
     )
 
 
