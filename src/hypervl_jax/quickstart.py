@@ -267,7 +267,7 @@ def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_d
     model, history = fit_vrc(model, cfg, screens[:cut], found.first(cut))
     scale = _calibrate(model, cfg, screens[cut:])
     info = {"config": config.to_dict(cfg), "vrc_scale": scale or 1.0}
-    checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, half=True)
+    checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, np.float16)
     return {"mse": float(history[-20:].mean()), "scale": scale or 1.0, "calibrated": scale is not None}
 
 
