@@ -223,12 +223,11 @@ def convert(
         seed: what is drawn anew depends on it.
         dtype: of the weights written; each as it is if not given.
     """
-    sources = {"--vision-base": vision_base, "--vision-large": vision_large, "--llm": llm}
-    missing = [name for name, folder in sources.items() if folder is None]
-    if model is not None and (part is None or len(missing) < 3 or tile is not None):
-        raise UsageError(f"{model}: a whole model; give --part and --out alone, or three folders and no MODEL")
-    if model is None and (missing or part is not None):
-        raise UsageError(f"{', '.join(missing) or 'MODEL'} missing; give three folders, or MODEL and --part")
+    folders = [folder for folder in (vision_base, vision_large, llm) if folder is not None]
+    if model is not None and (part is None or folders or tile is not None):
+        raise UsageError(f"{model}: a whole model; say with --part what to write of it, and leave out the rest")
+    if model is None and (part is not None or len(folders) < 3):
+        raise UsageError("give --vision-base, --vision-large and --llm, or MODEL and --part")
     if tile is not None and not 1 <= tile <= SIDE:
         raise UsageError(f"--tile {tile}: choose 1 to {SIDE}")
     if not 0 <= seed <= SEEDS:
@@ -239,13 +238,13 @@ def convert(
     from hypervl_jax import convert as weights
 
     kind = {None: None, "f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
-    if model is not None:
+    if model is not None and part is not None:
         loaded = _load(model, None)
         weights.save_llm(out, loaded, kind) if part == "llm" else weights.save_vit(out, loaded, part, kind)
         print(f"wrote {out}: {part} of {model}")
         return
     _keep_compiled()
-    whole, lines = weights.assemble(vision_base, vision_large, llm, tile, seed)
+    whole, lines = weights.assemble(*folders, tile=tile, seed=seed)
     checkpoint.save_model(out, whole.config, whole.params, whole.tokenizer, whole.info, kind)
     print("\n".join(lines))
     print(f"wrote {out}: tiles of {whole.config.policy.tile} px, {whole.config.policy.tokens_per_tile} tokens each")

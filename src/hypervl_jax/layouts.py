@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def vit(naflex: bool = False) -> Table:
     return Table(tuple(rows), ((r"head\..*", "pooling head"), (r"embeddings\.position_ids", "position numbers")))
 
 
-def vit_in(names: typing.Iterable[str], naflex: bool) -> Table:
+def vit_in(names: Iterable[str], naflex: bool) -> Table:
     """The same in the files of a whole SigLIP, or alone; transformers has written towers with and without a prefix."""
     whole = any(name.startswith("vision_model.") for name in names)
     table = vit(naflex).within("", "vision_model." if whole else "")
@@ -78,7 +79,7 @@ def llm(cfg: LlmConfig) -> Table:
     return Table(tuple(rows), (*unused, (r"lm_head\.weight", "head, which repeats the embedding")), repeats)
 
 
-def hypervl(cfg: config.ModelConfig, paths: typing.Iterable[str]) -> Table:
+def hypervl(cfg: config.ModelConfig, paths: Iterable[str]) -> Table:
     """Our own format: the parts as they are alone, each behind its name; projectors and VRC (`paths` names them all)
     as in our tree."""
     rows = [*llm(cfg.llm).within("llm.", "llm.").rows]
