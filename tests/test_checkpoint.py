@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hypervl_jax import checkpoint, config, weights
+from hypervl_jax import checkpoint, config, tensors
 from hypervl_jax.checkpoint import CheckpointError, Checkpoints
 from hypervl_jax.config import ConfigError
 from hypervl_jax.tokens import TextError
 
-WEIGHTS, CONFIG = weights.FILE, checkpoint.CONFIG
+WEIGHTS, CONFIG = tensors.FILE, checkpoint.CONFIG
 EMBED, NORM, POS = (
     "llm.model.embed_tokens.weight",
     "llm.model.norm.weight",
@@ -28,7 +28,7 @@ EMBED, NORM, POS = (
 def params(tiny_params, tiny_config):
     expected = checkpoint.expected(tiny_config.model)
     vrc = {k: np.full(s, 0.1, np.float32) for k, s in expected.items() if k.startswith("vrc.")}
-    return {**tiny_params, **weights.unflatten(vrc)}
+    return {**tiny_params, **tensors.unflatten(vrc)}
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hypervl_jax import __version__, config, layouts, weights
+from hypervl_jax import __version__, config, layouts, tensors
 from hypervl_jax.config import ModelConfig
 from hypervl_jax.layouts import CONFIG, TOKENIZER
+from hypervl_jax.tensors import CheckpointError, flatten
 from hypervl_jax.tokens import Tokenizer
-from hypervl_jax.weights import CheckpointError, flatten
 
 try:
     import fcntl
@@ -89,7 +89,7 @@ def save_model(
     path, paths = Path(path), flatten(params)
     values = {"format": FORMAT, "version": __version__, "model": config.to_dict(cfg), "info": info or {}}
     with replacing(path) as new:
-        weights.write(new, params, layouts.hypervl(cfg, paths), dtype)
+        tensors.write(new, params, layouts.hypervl(cfg, paths), dtype)
         layouts.write_json(new / CONFIG, {"model_type": "hypervl"} | values)
         layouts.write_text_files(new, tokenizer, cfg.text)
         layouts.write_image_files(new, cfg.policy.tile)
@@ -122,7 +122,7 @@ def _is_run(path: Path) -> bool:
 def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None = None) -> Model:
     """Reads a model directory, strict: unknown, missing, misshapen and non-finite weights are reported together.
 
-    `dtype` and `shardings` are those of `weights.read`.
+    `dtype` and `shardings` are those of `tensors.read`.
     Raises `CheckpointError`, `ConfigError` or `TextError` naming the file that does not fit.
     """
     path = find_model(name)
@@ -144,7 +144,7 @@ def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: info: expected a table, its vrc_scale above 0, found {reprlib.repr(info)}")
     want = expected(cfg)
-    params, _ = weights.read(path, layouts.hypervl(cfg, want), want, dtype, shardings)
+    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings)
     return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
 
 

@@ -235,16 +235,16 @@ def convert(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out}: is there already; remove it, or choose another --out")
     from hypervl_jax import checkpoint
-    from hypervl_jax import convert as weights
+    from hypervl_jax import convert as parts
 
     kind = {None: None, "f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
     if model is not None and part is not None:
         loaded = _load(model, None)
-        weights.save_llm(out, loaded, kind) if part == "llm" else weights.save_vit(out, loaded, part, kind)
+        parts.save_llm(out, loaded, kind) if part == "llm" else parts.save_vit(out, loaded, part, kind)
         print(f"wrote {out}: {part} of {model}")
         return
     _keep_compiled()
-    whole, lines = weights.assemble(*folders, tile=tile, seed=seed)
+    whole, lines = parts.assemble(*folders, tile=tile, seed=seed)
     checkpoint.save_model(out, whole.config, whole.params, whole.tokenizer, whole.info, kind)
     print("\n".join(lines))
     print(f"wrote {out}: tiles of {whole.config.policy.tile} px, {whole.config.policy.tokens_per_tile} tokens each")

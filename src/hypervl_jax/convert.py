@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from hypervl_jax import checkpoint, layouts, weights
+from hypervl_jax import checkpoint, layouts, tensors
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Branch, ConfigError, LlmConfig, ModelConfig, PlanPolicy, VitConfig, VrcConfig
 from hypervl_jax.model import hypervl, llm
@@ -39,22 +39,22 @@ class Loaded(NamedTuple):
 def load_llm(folder: Path | str, dtype: Any = None, shardings: dict | None = None) -> Loaded:
     """A Qwen3 or Llama directory -> `LlmConfig` and the tree of `model.llm.Llm`.
 
-    `dtype` and `shardings` are those of `weights.read`. Raises `ConfigError` or `CheckpointError` naming the file.
+    `dtype` and `shardings` are those of `tensors.read`. Raises `ConfigError` or `CheckpointError` naming the file.
     """
     folder = Path(folder)
     cfg = layouts.llm_config(folder)
-    return Loaded(cfg, *weights.read(folder, layouts.llm(cfg), llm_shapes(cfg), dtype, shardings))
+    return Loaded(cfg, *tensors.read(folder, layouts.llm(cfg), llm_shapes(cfg), dtype, shardings))
 
 
 def load_vit(folder: Path | str, dtype: Any = None, shardings: dict | None = None) -> Loaded:
     """A SigLIP or SigLIP 2 directory, whole or its vision tower -> `VitConfig` and the tree of `model.vit.Vit`.
 
-    `dtype` and `shardings` are those of `weights.read`. Raises `ConfigError` or `CheckpointError` naming the file.
+    `dtype` and `shardings` are those of `tensors.read`. Raises `ConfigError` or `CheckpointError` naming the file.
     """
     folder = Path(folder)
     cfg, naflex = layouts.vision_config(folder)
-    table = layouts.vit_in(weights.contents(folder), naflex)
-    return Loaded(cfg, *weights.read(folder, table, vit_shapes(cfg), dtype, shardings))
+    table = layouts.vit_in(tensors.contents(folder), naflex)
+    return Loaded(cfg, *tensors.read(folder, table, vit_shapes(cfg), dtype, shardings))
 
 
 def llm_shapes(cfg: LlmConfig) -> dict[str, tuple[int, ...]]:
@@ -71,13 +71,13 @@ def vit_shapes(cfg: VitConfig) -> dict[str, tuple[int, ...]]:
 
 def _shapes(module: Any, *args: Any) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
-    return {path: tuple(leaf.shape) for path, leaf in weights.flatten(tree).items()}
+    return {path: tuple(leaf.shape) for path, leaf in tensors.flatten(tree).items()}
 
 
 # --- in --------------------------------------------------------------------------------------------------------------
 
 
-def resize_positions(table: Float[Array, "P D"], side: int) -> Float[np.ndarray, "_ D"]:
+def resize_positions(table: Float[np.ndarray, "P D"], side: int) -> Float[np.ndarray, "_ D"]:
     """Position embeddings of a square of patches for one of `side` x `side`: bilinear, antialiased, in f32, as SigLIP 2
     does for NaFlex (2502.14786; transformers' Siglip2VisionEmbeddings)."""
     old = round(len(table) ** 0.5)
@@ -168,7 +168,7 @@ def save_llm(out: Path | str, model: Model, dtype: Any = None) -> None:
     template. Whole or not at all."""
     cfg, params = model.config.llm, model.params["llm"]
     with checkpoint.replacing(out) as new:
-        weights.write(new, params, layouts.llm(cfg), dtype)
+        tensors.write(new, params, layouts.llm(cfg), dtype)
         layouts.write_json(new / layouts.CONFIG, layouts.llm_values(cfg, np.dtype(dtype or params["embed"].dtype).name))
         layouts.write_text_files(new, model.tokenizer, model.config.text)
 
@@ -177,6 +177,6 @@ def save_vit(out: Path | str, model: Model, branch: Branch, dtype: Any = None) -
     """The same for one encoder, as a SigLIP vision tower of fixed resolution; its projector has no place there."""
     cfg, params = model.config.vit(branch), model.params[branch]["vit"]
     with checkpoint.replacing(out) as new:
-        weights.write(new, params, layouts.vit().within("", "vision_model."), dtype)
+        tensors.write(new, params, layouts.vit().within("", "vision_model."), dtype)
         layouts.write_json(new / layouts.CONFIG, layouts.vit_values(cfg, np.dtype(dtype or params["pos"].dtype).name))
         layouts.write_image_files(new, cfg.tile)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from hypervl_jax import config
 from hypervl_jax.config import BRANCHES, ConfigError, LlmConfig, TextConfig, VitConfig
+from hypervl_jax.tensors import AS_IS, PATCH, Row, Table
 from hypervl_jax.tokens import (
     END_THINK,
     IM_END,
@@ -27,7 +28,6 @@ from hypervl_jax.tokens import (
     VISION_START,
     Tokenizer,
 )
-from hypervl_jax.weights import AS_IS, PATCH, Row, Table
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 

@@ -1,5 +1,5 @@
-"""The decoder against transformers' Qwen3 and Llama: directories as save_pretrained writes them, read by the real loader,
-random weights, odd sizes; part by part, then logits and greedy answers."""
+"""The decoder against transformers' Qwen3 and Llama: directories as save_pretrained writes them, read by the real
+loader, random weights, odd sizes; part by part, then logits and greedy answers."""
 
 import copy
 import dataclasses

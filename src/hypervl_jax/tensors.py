@@ -233,7 +233,7 @@ def read(
 ) -> tuple[dict, list[str]]:
     """The tree whose leaves have `shapes` (by path), and a line on everything there that the model does not use.
 
-    In `dtype`, or each leaf as the file has it; as numpy arrays, or by `shardings` (a tree like the result) on their
+    In `dtype`, or each leaf as the files have it (f32 where its layers differ); as numpy arrays, or by `shardings` (a tree like the result) on their
     devices. Each number is read once, straight into its place: beside the result, no more than one tensor is held.
     Raises `CheckpointError`: first with all that is unknown, missing, duplicate, misshapen or no float, then with all
     that is not finite (in `dtype`).
@@ -268,7 +268,8 @@ def read(
         raise CheckpointError(_together(where, wrong))
     places, flat, bad = flatten(shardings or {}), {}, set()
     for path in sorted(shapes, key=lambda p: -math.prod(shapes[p])):  # the largest while little else is held
-        kind = np.dtype(dtype or jnp.result_type(*{DTYPES[found[part.name].dtype] for part in parts[path]}))
+        kinds = {DTYPES[found[part.name].dtype] for part in parts[path]}
+        kind = np.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
         cut = functools.partial(_cut, found, parts[path], shapes[path], kind, bad)
         if shardings is None:
             flat[path] = cut((slice(None),) * len(shapes[path]))
