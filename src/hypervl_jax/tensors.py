@@ -233,8 +233,9 @@ def read(
 ) -> tuple[dict, list[str]]:
     """The tree whose leaves have `shapes` (by path), and a line on everything there that the model does not use.
 
-    In `dtype`, or each leaf as the files have it (f32 where its layers differ); as numpy arrays, or by `shardings` (a tree like the result) on their
-    devices. Each number is read once, straight into its place: beside the result, no more than one tensor is held.
+    In `dtype`, or each leaf as the files have it (f32 where its layers differ); as numpy arrays, or by `shardings` (a
+    tree like the result) on their devices. Numbers go straight into their place: beside the result, no more than one
+    tensor is held, with shardings one leaf.
     Raises `CheckpointError`: first with all that is unknown, missing, duplicate, misshapen or no float, then with all
     that is not finite (in `dtype`).
     """
