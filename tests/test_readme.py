@@ -65,7 +65,7 @@ def test_files_named_exist():
     paths = [w for w in words if re.fullmatch(r"[\w./-]+/[\w./-]*", w) and not w.startswith((".venv", *made))]
     assert paths
     assert not [p for p in paths if not (ROOT / p).exists()]
-    for page in ("architecture", "decisions", "data", "training", "export"):
+    for page in ("architecture", "decisions", "data", "training", "weights", "export"):
         assert (ROOT / "docs" / f"{page}.md").is_file()
 
 
