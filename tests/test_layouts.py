@@ -77,6 +77,7 @@ def test_a_llama_that_leaves_out_its_heads(said):
         (QWEN3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (QWEN3 | {"quantization_config": {"bits": 4}}, "quantised weights are not read"),
         (QWEN3 | {"hidden_size": "2048"}, "hidden_size: expected int"),
+        (QWEN3 | {"hidden_size": 10**30}, "hidden_size: 10000000000000000000 is more than any model has"),
         (QWEN3 | {"tie_word_embeddings": None}, "tie_word_embeddings: expected bool"),
         ({k: v for k, v in QWEN3.items() if k != "intermediate_size"}, "intermediate_size: missing"),
         (QWEN3 | {"num_key_value_heads": 3}, "heads 16 must be a multiple of kv_heads 3"),

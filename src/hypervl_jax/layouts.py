@@ -192,6 +192,8 @@ def _sizes(cls: type, names: dict[str, str], values: dict[str, Any], where: Path
         allowed = (int, float) if kinds[ours] is float else (kinds[ours],)
         if type(values[theirs]) not in allowed:
             raise ConfigError(f"{where}: {theirs}: expected {kinds[ours].__name__}, found {values[theirs]!r:.80}")
+        if kinds[ours] is int and values[theirs] > config.MANY:
+            raise ConfigError(f"{where}: {theirs}: {values[theirs]!r:.20} is more than any model has")
     return config.from_dict(cls, {ours: values[theirs] for ours, theirs in names.items()}, str(where))
 
 
