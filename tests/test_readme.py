@@ -80,6 +80,13 @@ def test_memory_figures_are_those_measured():
     assert (f"{few['whole'] / 1e9:.1f}", f"{many['whole'] / 1e9:.1f}") == said.group(4, 5)
 
 
+def test_the_peak_of_loading_is_the_one_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "load_memory-cpu.json").read_text())["metrics"]["bfloat16"]
+    page = " ".join((ROOT / "docs" / "weights.md").read_text().split())
+    said = f"{found['weights'] / 1e6:,.0f} MB of bf16 weights in the shape of Qwen3-1.7B are read with a peak of"
+    assert f"{said} {found['peak'] / 1e6:,.0f} MB" in page
+
+
 def test_figures_are_those_of_the_results():
     spec = importlib.util.spec_from_file_location("figures", ROOT / "scripts" / "figures.py")
     assert spec is not None
