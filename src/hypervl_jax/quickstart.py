@@ -210,11 +210,14 @@ def _read(path: Path) -> Any:
 
 
 def _same_config(path: Path, cfg: Config) -> None:
-    values = config.to_dict(cfg)
     if not path.exists():
-        _write(path, values)
-    elif _read(path) != values:
-        raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
+        _write(path, config.to_dict(cfg))
+        return
+    values = _read(path)
+    with contextlib.suppress(config.ConfigError):  # a setting that a run did not know yet has its default
+        if config.from_dict(Config, values) == cfg:
+            return
+    raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
 
 
 def _train(
