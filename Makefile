@@ -54,7 +54,7 @@ typecheck: $(STAMP) ## pyright on src
 	$(BIN)/pyright
 
 bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
-	@status=0; for f in tiling_memory nano export vrc "dcl --ablate-names"; do set -- $$f; \
+	@status=0; for f in tiling_memory load_memory nano export vrc "dcl --ablate-names"; do set -- $$f; \
 		$(BIN)/python benchmarks/$$1.py $${@:2} || status=1; done; exit $$status
 
 wheel: $(STAMP) ## build dist/*.whl

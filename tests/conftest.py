@@ -44,7 +44,7 @@ def tiny_params(tiny_config):
     import jax.numpy as jnp
     import numpy as np
 
-    from hypervl_jax import checkpoint
+    from hypervl_jax import checkpoint, tensors
 
     rng = np.random.default_rng(0)
     shapes = {k: v for k, v in checkpoint.expected(tiny_config.model).items() if not k.startswith("vrc.")}
@@ -58,7 +58,7 @@ def tiny_params(tiny_config):
             return rng.uniform(0.5, 1.5, shape)
         return rng.normal(size=shape) / shape[-1] ** 0.5
 
-    return checkpoint.unflatten({k: jnp.asarray(draw(k, s), jnp.float32) for k, s in sorted(shapes.items())})
+    return tensors.unflatten({k: jnp.asarray(draw(k, s), jnp.float32) for k, s in sorted(shapes.items())})
 
 
 class Records:

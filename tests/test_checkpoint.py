@@ -9,32 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from hypervl_jax import checkpoint, config
+from hypervl_jax import checkpoint, config, tensors
 from hypervl_jax.checkpoint import CheckpointError, Checkpoints
 from hypervl_jax.config import ConfigError
 from hypervl_jax.tokens import TextError
 
-WEIGHTS, CONFIG = checkpoint.WEIGHTS, checkpoint.CONFIG
-names = st.text("abc_1", min_size=1, max_size=4)
-trees = st.recursive(st.integers(), lambda t: st.dictionaries(names, t, min_size=1, max_size=3), max_leaves=12)
-
-
-@given(st.dictionaries(names, trees, min_size=1, max_size=4))
-def test_unflatten_is_the_inverse_of_flatten(tree):
-    flat = checkpoint.flatten(tree)
-    assert not any(isinstance(v, dict) for v in flat.values())
-    assert checkpoint.unflatten(flat) == tree
+WEIGHTS, CONFIG = tensors.FILE, checkpoint.CONFIG
+EMBED, NORM, POS = (
+    "llm.model.embed_tokens.weight",
+    "llm.model.norm.weight",
+    "base.vision_model.embeddings.position_embedding.weight",
+)
 
 
 @pytest.fixture(scope="module")
 def params(tiny_params, tiny_config):
     expected = checkpoint.expected(tiny_config.model)
     vrc = {k: np.full(s, 0.1, np.float32) for k, s in expected.items() if k.startswith("vrc.")}
-    return {**tiny_params, **checkpoint.unflatten(vrc)}
+    return {**tiny_params, **tensors.unflatten(vrc)}
 
 
 @pytest.fixture
@@ -63,7 +57,7 @@ def test_a_model_comes_back_bit_equal(saved, params, tiny_config, tiny_tokenizer
 
 
 def test_half_precision_is_half_the_bytes(saved, params, tiny_config, tiny_tokenizer):
-    half = checkpoint.save_model(saved.with_name("half"), tiny_config.model, params, tiny_tokenizer, half=True)
+    half = checkpoint.save_model(saved.with_name("half"), tiny_config.model, params, tiny_tokenizer, dtype=np.float16)
     assert (half / WEIGHTS).stat().st_size < 0.6 * (saved / WEIGHTS).stat().st_size
     got = checkpoint.load_model(half).params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.float16(b)), got, params)
@@ -71,7 +65,7 @@ def test_half_precision_is_half_the_bytes(saved, params, tiny_config, tiny_token
 
 
 def test_other_float_types_are_read_as_f32(saved, params):
-    tamper(saved, lambda f: f.update({"base.vit.pos": f["base.vit.pos"].astype(jnp.bfloat16)}))
+    tamper(saved, lambda f: f.update({POS: f[POS].astype(jnp.bfloat16)}))
     got = checkpoint.load_model(saved).params["base"]["vit"]["pos"]
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, params["base"]["vit"]["pos"], rtol=1e-2)
@@ -123,23 +117,23 @@ def test_an_empty_folder_is_filled_where_it_is(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_old_ones_stay(saved, params, tiny_config, tiny_tokenizer):
     bad = {**params, "llm": {**params["llm"], "embed": params["llm"]["embed"] * np.nan}}
-    with pytest.raises(CheckpointError, match=r"not finite: llm\.embed"):
+    with pytest.raises(CheckpointError, match=r"not finite.*: llm\.model\.embed_tokens\.weight"):
         checkpoint.save_model(saved, tiny_config.model, bad, tiny_tokenizer)
     huge = {**params, "llm": {**params["llm"], "embed": params["llm"]["embed"] * np.float32(1e6)}}
     with pytest.raises(CheckpointError, match="not finite"):  # as f16 they would not be
-        checkpoint.save_model(saved, tiny_config.model, huge, tiny_tokenizer, half=True)
+        checkpoint.save_model(saved, tiny_config.model, huge, tiny_tokenizer, dtype=np.float16)
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load_model(saved).params, params)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.pop("llm.embed"), "missing llm.embed"),
-        (lambda f: f.update(extra=f["llm.embed"]), "unknown extra"),
-        (lambda f: f.update({"llm.embed": f["llm.embed"][:-1]}), "llm.embed is (511, 48), not (512, 48)"),
-        (lambda f: f.update({"base.vit.pos": f["base.vit.pos"] * np.nan}), "base.vit.pos is not finite"),
-        (lambda f: f.update({"base.vit.pos": f["base.vit.pos"].astype(np.int8)}), "base.vit.pos is int8"),
-        (lambda f: f.update({"base.vit.pos": f["base.vit.pos"] * np.float64(1e200)}), "base.vit.pos is not finite"),
+        (lambda f: f.pop(EMBED), f"missing {EMBED}"),
+        (lambda f: f.update(extra=f[EMBED]), "unknown extra"),
+        (lambda f: f.update({EMBED: f[EMBED][:-1]}), f"{EMBED} is (511, 48), not (512, 48)"),
+        (lambda f: f.update({POS: f[POS] * np.nan}), f"{POS} is not finite"),
+        (lambda f: f.update({POS: f[POS].astype(np.int8)}), f"{POS} is int8"),
+        (lambda f: f.update({POS: f[POS] * np.float64(1e200)}), f"{POS} is not finite"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_named_with_their_file(saved, change, message):
@@ -151,8 +145,8 @@ def test_weights_that_do_not_fit_are_named_with_their_file(saved, change, messag
 
 
 def test_all_that_is_wrong_is_reported_together(saved):
-    tamper(saved, lambda f: (f.pop("llm.embed"), f.pop("llm.norm.weight"), f.update(x=f["base.vit.pos"])))
-    with pytest.raises(CheckpointError, match=r"3 weights.*missing llm\.embed; missing llm\.norm\.weight; unknown x"):
+    tamper(saved, lambda f: (f.pop(EMBED), f.pop(NORM), f.update(x=f[POS])))
+    with pytest.raises(CheckpointError, match=f"3 weights.*missing {EMBED}; missing {NORM}; unknown x"):
         checkpoint.load_model(saved)
 
 
@@ -203,7 +197,8 @@ def test_a_damaged_config_is_an_error_that_names_the_file(saved, written):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "not a model of format 1"),
+        ({"format": 1}, "not a model of format 2"),
+        ({"model_type": "qwen3"}, "'qwen3' is a part of a model"),
         ({"info": ["x"]}, "info: expected a table"),
         ({"info": {"vrc_scale": "x"}}, "vrc_scale above 0"),
         ({"info": {"vrc_scale": float("nan")}}, "vrc_scale above 0"),

@@ -520,3 +520,49 @@ def test_in_an_interpreter_of_its_own(tmp_path):
 def test_starting_does_not_wait_for_jax():
     code = "import sys, hypervl_jax.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_taken_apart_and_put_together_again(tiny_folder, tiny_model, tmp_path, capsys):
+    from hypervl_jax import checkpoint, tensors
+
+    parts = {part: tmp_path / part for part in ("base", "large", "llm")}
+    for part, folder in parts.items():
+        cli.main(["convert", str(tiny_folder), "--part", part, "--out", str(folder), "--dtype", "bf16"])
+    assert f"wrote {parts['llm']}: llm of {tiny_folder}" in capsys.readouterr().out
+    sources = ["--vision-base", parts["base"], "--vision-large", parts["large"], "--llm", parts["llm"]]
+    cli.main(["convert", *map(str, sources), "--out", str(tmp_path / "whole")])
+    said = capsys.readouterr().out
+    assert "fresh: base.projector, large.projector, vrc, drawn from seed 0: to be trained" in said
+    assert f"wrote {tmp_path / 'whole'}: tiles of 32 px, 4 tokens each" in said
+    got = tensors.flatten(checkpoint.load_model(tmp_path / "whole", dtype=None).params)
+    old = {
+        k: v for k, v in tensors.flatten(tiny_model.params).items() if k in got and k.startswith(("llm.", "base.vit."))
+    }
+    assert len(old) > 20
+    assert all((got[k] == v.astype(got[k].dtype)).all() and got[k].dtype == "bfloat16" for k, v in old.items())
+
+
+def test_what_convert_cannot_do_is_said_before_anything_is_read(tiny_folder, tmp_path, fails):
+    three = ["--vision-base", "a", "--vision-large", "b", "--llm", "c"]
+    out = ["--out", tmp_path / "new"]
+    assert "give --vision-base, --vision-large and --llm, or MODEL and --part" in fails("convert", *out)
+    assert "give --vision-base" in fails("convert", *three[:4], *out)
+    assert "give --vision-base" in fails("convert", *three, "--part", "llm", *out)
+    assert "a whole model; say with --part" in fails("convert", tiny_folder, *out)
+    assert "a whole model; say with --part" in fails("convert", tiny_folder, "--part", "llm", *three, *out)
+    assert "--tile 0: choose 1 to" in fails("convert", *three, "--tile", 0, *out)
+    assert "--seed -1: choose 0 to" in fails("convert", *three, "--seed", -1, *out)
+    assert f"{tiny_folder}: is there already" in fails("convert", *three, "--out", tiny_folder)
+    assert "a/config.json: cannot be read" in fails("convert", *three, *out)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_published_part_is_no_model(tiny_model, tiny_picture, tmp_path, fails):
+    from hypervl_jax import convert
+
+    convert.save_llm(tmp_path / "part", tiny_model)
+    said = fails("ask", tiny_picture, "what?", "--model", tmp_path / "part")
+    assert "config.json: 'qwen3' is a part of a model; put one together with hypervl convert" in said

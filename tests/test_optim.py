@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hypervl_jax import checkpoint, optim
+from hypervl_jax import checkpoint, optim, tensors
 from hypervl_jax.config import TrainConfig
 
 CFG = TrainConfig(lr=0.05, weight_decay=0.1, clip=0.7)
@@ -63,8 +63,8 @@ def test_gradients_of_no_group_are_an_error():
 
 
 def test_decay_pulls_on_matrices_and_tables_only(tiny_config):
-    shapes = checkpoint.unflatten({k: np.zeros(s) for k, s in checkpoint.expected(tiny_config.model).items()})
-    pulled = {k for k, yes in checkpoint.flatten(optim.decays(shapes["base"] | {"llm": shapes["llm"]})).items() if yes}
+    shapes = tensors.unflatten({k: np.zeros(s) for k, s in checkpoint.expected(tiny_config.model).items()})
+    pulled = {k for k, yes in tensors.flatten(optim.decays(shapes["base"] | {"llm": shapes["llm"]})).items() if yes}
     assert pulled == {
         "vit.patch.weight", "projector.fc1.weight", "projector.fc2.weight", "llm.embed",
         *(f"vit.blocks.layers.{n}.weight" for n in ("q", "k", "v", "o", "fc1", "fc2")),

@@ -15,6 +15,20 @@ from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.quickstart import Stages
 
 
+def test_a_run_goes_on_under_settings_that_came_later_if_they_have_their_defaults(tiny_config, tmp_path):
+    path, values = tmp_path / "config.json", config.to_dict(tiny_config)
+    del values["model"]["llm"]["qk_norm"]
+    path.write_text(json.dumps(values))
+    quickstart._same_config(path, tiny_config)
+    llm = replace(tiny_config.model.llm, qk_norm=False)
+    for other in (replace(tiny_config, name="x"), replace(tiny_config, model=replace(tiny_config.model, llm=llm))):
+        with pytest.raises(ConfigError, match="other settings"):
+            quickstart._same_config(path, other)
+    path.write_text(json.dumps(values | {"unknown": 1}))
+    with pytest.raises(ConfigError, match="other settings"):
+        quickstart._same_config(path, tiny_config)
+
+
 def test_a_stage_is_computed_once(tmp_path, capsys):
     calls = []
     first = Stages(tmp_path)("a", lambda: calls.append(1) or {"x": [1, 2]})

@@ -65,7 +65,7 @@ def test_files_named_exist():
     paths = [w for w in words if re.fullmatch(r"[\w./-]+/[\w./-]*", w) and not w.startswith((".venv", *made))]
     assert paths
     assert not [p for p in paths if not (ROOT / p).exists()]
-    for page in ("architecture", "decisions", "data", "training", "export"):
+    for page in ("architecture", "decisions", "data", "training", "weights", "export"):
         assert (ROOT / "docs" / f"{page}.md").is_file()
 
 
@@ -78,6 +78,13 @@ def test_memory_figures_are_those_measured():
     few, many = (rows[int(n)] for n in said.group(2, 3))
     assert {f"{r['serial'] / 1e6:.1f}" for r in (few, many)} == {said[1]}
     assert (f"{few['whole'] / 1e9:.1f}", f"{many['whole'] / 1e9:.1f}") == said.group(4, 5)
+
+
+def test_the_peak_of_loading_is_the_one_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "load_memory-cpu.json").read_text())["metrics"]["bfloat16"]
+    page = " ".join((ROOT / "docs" / "weights.md").read_text().split())
+    said = f"{found['weights'] / 1e6:,.0f} MB of bf16 weights in the shape of Qwen3-1.7B are read with a peak of"
+    assert f"{said} {found['peak'] / 1e6:,.0f} MB" in page
 
 
 def test_figures_are_those_of_the_results():

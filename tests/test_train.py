@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import checkpoint, losses, train
+from hypervl_jax import checkpoint, losses, tensors, train
 from hypervl_jax.config import BRANCHES
 from hypervl_jax.data import pipeline, sheets
 from hypervl_jax.train import Job, TrainError
@@ -187,8 +187,8 @@ def test_without_its_terms_nothing_is_left_of_names_and_kl(cfg, whole, batch):
 def test_every_weight_of_a_moving_group_moves(step):
     before, after, _ = step(LARGE)
     for group in ("large", "llm"):
-        old = checkpoint.flatten(before.params[group])
-        still = {k for k, v in checkpoint.flatten(after.params[group]).items() if (v == old[k]).all()}
+        old = tensors.flatten(before.params[group])
+        still = {k for k, v in tensors.flatten(after.params[group]).items() if (v == old[k]).all()}
         assert still <= {"vit.blocks.layers.k.bias"}  # softmax does not feel it
 
 

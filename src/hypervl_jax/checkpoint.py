@@ -1,5 +1,5 @@
-"""Saving and loading: a model directory (safetensors + JSON + tokenizer, what `ask`, `eval` and `export` read) and
-training checkpoints (Orbax, what `train` resumes from)."""
+"""Saving and loading: a model directory in the layout of Hugging Face (safetensors + JSON + tokenizer, what `ask`,
+`eval` and `export` read) and training checkpoints (Orbax, what `train` resumes from)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import os
 import reprlib
 import shutil
-import struct
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from hypervl_jax import __version__, config
+from hypervl_jax import __version__, config, layouts, tensors
 from hypervl_jax.config import ModelConfig
+from hypervl_jax.layouts import CONFIG, TOKENIZER
+from hypervl_jax.tensors import CheckpointError, flatten
 from hypervl_jax.tokens import Tokenizer
 
 try:
@@ -31,13 +29,8 @@ try:
 except ImportError:  # Windows: nothing keeps two runs apart
     fcntl = None
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).parent / "weights"
-
-
-class CheckpointError(ValueError):
-    """A model directory or checkpoint that is missing, damaged or of another shape; the message names the file."""
 
 
 class Model(NamedTuple):
@@ -47,25 +40,6 @@ class Model(NamedTuple):
     params: dict
     tokenizer: Tokenizer
     info: dict[str, Any]
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a.b": x}"""
-    out = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
-def unflatten(flat: dict[str, Any]) -> dict:
-    out: dict = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        node = out
-        for p in parents:
-            node = node.setdefault(p, {})
-        node[leaf] = value
-    return out
 
 
 def expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,20 +75,24 @@ def replacing(out: Path | str) -> Iterator[Path]:
 
 
 def save_model(
-    path: Path | str, cfg: ModelConfig, params: dict, tokenizer: Tokenizer, info: dict | None = None, half: bool = False
+    path: Path | str,
+    cfg: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer,
+    info: dict | None = None,
+    dtype: Any = np.float32,
 ) -> Path:
-    """Writes a model directory, whole or not at all. `half` stores f16 (half the bytes; loaded back as f32)."""
-    path = Path(path)
-    with np.errstate(over="ignore"):  # what f16 cannot hold is found below
-        flat = {k: np.asarray(v).astype(np.float16 if half else np.float32) for k, v in flatten(params).items()}
-    bad = sorted(k for k, v in flat.items() if not np.isfinite(v).all())
-    if bad:
-        raise CheckpointError(f"{path}: not saved, weights are not finite: {', '.join(bad[:5])}")
+    """Writes a model directory, whole or not at all, with weights in `dtype` (f32, f16, bf16; None: each as it is).
+
+    Raises `CheckpointError` naming weights that are not finite, or not in `dtype`.
+    """
+    path, paths = Path(path), flatten(params)
     values = {"format": FORMAT, "version": __version__, "model": config.to_dict(cfg), "info": info or {}}
     with replacing(path) as new:
-        save_file(flat, new / WEIGHTS)
-        (new / CONFIG).write_text(json.dumps(values, indent=1))
-        tokenizer.save(new / TOKENIZER)
+        tensors.write(new, params, layouts.hypervl(cfg, paths), dtype)
+        layouts.write_json(new / CONFIG, {"model_type": "hypervl"} | values)
+        layouts.write_text_files(new, tokenizer, cfg.text)
+        layouts.write_image_files(new, cfg.policy.tile)
     return path
 
 
@@ -141,17 +119,23 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def load_model(name: Path | str) -> Model:
+def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None = None) -> Model:
     """Reads a model directory, strict: unknown, missing, misshapen and non-finite weights are reported together.
 
+    `dtype` and `shardings` are those of `tensors.read`.
     Raises `CheckpointError`, `ConfigError` or `TextError` naming the file that does not fit.
     """
     path = find_model(name)
     where = path / CONFIG
     try:
         values = json.loads(where.read_text())
+        kind = values.get("model_type", "hypervl")
+        if kind != "hypervl":
+            raise CheckpointError(f"{where}: {kind!r:.40} is a part of a model; put one together with hypervl convert")
         written, model, info = values["format"], values["model"], values.get("info", {})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        if isinstance(e, CheckpointError):
+            raise
         raise CheckpointError(f"{where}: not a model config ({type(e).__name__}: {e})") from e
     if written != FORMAT:
         raise CheckpointError(f"{where}: not a model of format {FORMAT}; take the version of hypervl-jax that wrote it")
@@ -159,20 +143,9 @@ def load_model(name: Path | str) -> Model:
     scale = info.get("vrc_scale", 1.0) if isinstance(info, dict) else 0
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: info: expected a table, its vrc_scale above 0, found {reprlib.repr(info)}")
-    try:
-        flat = load_file(path / WEIGHTS)
-    except (OSError, SafetensorError, struct.error) as e:
-        raise CheckpointError(f"{path / WEIGHTS}: missing or damaged ({e}); copy or train it again") from e
     want = expected(cfg)
-    wrong = [f"missing {k}" for k in want.keys() - flat.keys()] + [f"unknown {k}" for k in flat.keys() - want.keys()]
-    wrong += [f"{k} is {flat[k].shape}, not {want[k]}" for k in want.keys() & flat.keys() if flat[k].shape != want[k]]
-    wrong += [f"{k} is {v.dtype}, not a float" for k, v in flat.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
-    with np.errstate(over="ignore"):  # what f32 cannot hold is found below
-        flat = {k: v.astype(np.float32) for k, v in flat.items()}
-    wrong += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
-    if wrong:
-        raise CheckpointError(f"{path / WEIGHTS}: {len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:8])}")
-    return Model(cfg, unflatten(flat), Tokenizer.load(path / TOKENIZER), info)
+    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings)
+    return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from hypervl_jax import __version__
-from hypervl_jax.config import BRANCHES, Branch, Config, ConfigError
+from hypervl_jax.config import BRANCHES, SEEDS, SIDE, Branch, Config, ConfigError
 from hypervl_jax.presets import PRESETS, preset
 
 DEFAULT = "quickstart"  # weights that ship
@@ -190,6 +190,66 @@ def export(
     print(f'ask it: hypervl ask PICTURE "what is this?" --runtime litert --model {out}')
 
 
+def convert(
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None,
+    /,
+    *,
+    out: Path,
+    part: Branch | Literal["llm"] | None = None,
+    vision_base: Path | None = None,
+    vision_large: Path | None = None,
+    llm: Path | None = None,
+    tile: int | None = None,
+    seed: int = 0,
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+) -> None:
+    """Put a model together from published weights, or write a part of one as transformers opens it.
+
+    Projectors and VRC are drawn anew: train them before you ask. For example:
+
+    hypervl convert --vision-base siglip2-base-patch16-512 --vision-large siglip2-large-patch16-512 --llm Qwen3-1.7B
+    --out assembled
+
+    hypervl convert assembled --part llm --out decoder
+
+    Args:
+        model: a model folder, or the name of weights that ship: what --part is taken from.
+        out: folder to write; it must be new or empty.
+        part: which part of MODEL: the decoder, or an encoder without its projector.
+        vision_base: folder of the small encoder: SigLIP 2 of fixed resolution or NaFlex, as safetensors.
+        vision_large: folder of the large one.
+        llm: folder of the decoder: Qwen3 or Llama, with its tokenizer.json.
+        tile: pixels a side of a tile; if not given, those both encoders were made for.
+        seed: what is drawn anew depends on it.
+        dtype: of the weights written; each as it is if not given.
+    """
+    folders = [folder for folder in (vision_base, vision_large, llm) if folder is not None]
+    if model is not None and (part is None or folders or tile is not None):
+        raise UsageError(f"{model}: a whole model; say with --part what to write of it, and leave out the rest")
+    if model is None and (part is not None or len(folders) < 3):
+        raise UsageError("give --vision-base, --vision-large and --llm, or MODEL and --part")
+    if tile is not None and not 1 <= tile <= SIDE:
+        raise UsageError(f"--tile {tile}: choose 1 to {SIDE}")
+    if not 0 <= seed <= SEEDS:
+        raise UsageError(f"--seed {seed}: choose 0 to {SEEDS}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out}: is there already; remove it, or choose another --out")
+    from hypervl_jax import checkpoint
+    from hypervl_jax import convert as parts
+
+    kind = {None: None, "f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
+    if model is not None and part is not None:
+        loaded = _load(model, None)
+        parts.save_llm(out, loaded, kind) if part == "llm" else parts.save_vit(out, loaded, part, kind)
+        print(f"wrote {out}: {part} of {model}")
+        return
+    _keep_compiled()
+    whole, lines = parts.assemble(*folders, tile=tile, seed=seed)
+    checkpoint.save_model(out, whole.config, whole.params, whole.tokenizer, whole.info, kind)
+    print("\n".join(lines))
+    print(f"wrote {out}: tiles of {whole.config.policy.tile} px, {whole.config.policy.tokens_per_tile} tokens each")
+
+
 def quickstart(
     config: Annotated[str, arg(metavar="CONFIG")] = "quickstart",
     out: Path = Path("quickstart"),
@@ -267,7 +327,7 @@ def _missing(module: str) -> str:
     return f"{module} is not installed: pip install 'hypervl-jax[{EXTRAS[module]}]', or `make setup` in a clone"
 
 
-def _load(name: str) -> Any:
+def _load(name: str, dtype: Any = "float32") -> Any:
     """A model, or the one line that says how to come by one."""
     from hypervl_jax import checkpoint
 
@@ -281,7 +341,7 @@ def _load(name: str) -> Any:
     if (Path(name) / "manifest.json").is_file():
         raise UsageError(f"{name}: these are exported files; ask them with --runtime litert, or give the model folder")
     _keep_compiled()
-    return checkpoint.load_model(name)
+    return checkpoint.load_model(name, dtype)
 
 
 def _exported(name: str) -> Path:
@@ -312,8 +372,8 @@ def _say(pieces: Any) -> tuple[str, Any]:
         print(said[-1], end="", flush=True)
 
 
-VERBS = {"ask": ask, "quickstart": quickstart, "train": train, "eval": evaluate, "export": export}
-ABOUT = """A vision-language model for phones, in JAX: ask it, train it, export it.
+VERBS = {"ask": ask, "quickstart": quickstart, "train": train, "eval": evaluate, "export": export, "convert": convert}
+ABOUT = """A vision-language model for phones, in JAX: ask it, train it, export it, make it of published weights.
 
 `hypervl VERB --help` shows examples and defaults; --version the version; --debug, with any verb, where an error comes
 from."""

@@ -109,7 +109,7 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """Qwen3 decoder geometry."""
+    """Geometry of a Qwen3 decoder, or without `qk_norm` of a Llama."""
 
     vocab: int
     width: int
@@ -121,6 +121,7 @@ class LlmConfig:
     rope_theta: float = 1e6
     eps: float = 1e-6
     tied: bool = True
+    qk_norm: bool = True  # RMS norm on queries and keys; Llama has none
 
     def __post_init__(self):
         _positive(self, "vocab", "width", "depth", "heads", "kv_heads", "head_dim", "mlp")

@@ -210,11 +210,14 @@ def _read(path: Path) -> Any:
 
 
 def _same_config(path: Path, cfg: Config) -> None:
-    values = config.to_dict(cfg)
     if not path.exists():
-        _write(path, values)
-    elif _read(path) != values:
-        raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
+        _write(path, config.to_dict(cfg))
+        return
+    values = _read(path)
+    with contextlib.suppress(config.ConfigError):  # a setting that a run did not know yet has its default
+        if config.from_dict(Config, values) == cfg:
+            return
+    raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
 
 
 def _train(
@@ -267,7 +270,7 @@ def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_d
     model, history = fit_vrc(model, cfg, screens[:cut], found.first(cut))
     scale = _calibrate(model, cfg, screens[cut:])
     info = {"config": config.to_dict(cfg), "vrc_scale": scale or 1.0}
-    checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, half=True)
+    checkpoint.save_model(model_dir, cfg.model, model.params, model.tokenizer, info, np.float16)
     return {"mse": float(history[-20:].mean()), "scale": scale or 1.0, "calibrated": scale is not None}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import checkpoint, config, image, plan, presets, text, tokens, train
+from hypervl_jax import checkpoint, config, image, plan, presets, tensors, text, tokens, train
 from hypervl_jax.model import hypervl, llm
 
 BRANCHES = config.BRANCHES
@@ -158,7 +158,7 @@ def test_branches_differ(encode, features, picture, tiny_params, tiny_config):
 
 def test_init_makes_every_expected_weight(tiny_config):
     params = hypervl.init(jax.random.key(1), tiny_config.model)
-    flat = checkpoint.flatten(params)
+    flat = tensors.flatten(params)
     assert {k: v.shape for k, v in flat.items()} == checkpoint.expected(tiny_config.model)
     assert all(np.isfinite(v).all() for v in flat.values())
     drawn = [k for k in flat if k.endswith("weight") and "norm" not in k]

@@ -1,5 +1,7 @@
-"""The decoder against transformers' Qwen3, random weights, odd sizes: part by part, then logits and greedy answers."""
+"""The decoder against transformers' Qwen3 and Llama: directories as save_pretrained writes them, read by the real
+loader, random weights, odd sizes; part by part, then logits and greedy answers."""
 
+import copy
 import dataclasses
 
 import jax
@@ -7,68 +9,56 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import generate
+from hypervl_jax import convert, generate
 from hypervl_jax.config import LlmConfig
 from hypervl_jax.model import llm
-from hypervl_jax.model.layers import RMSNorm
+from hypervl_jax.model.layers import RMSNorm, attention
 from hypervl_jax.presets import tiny
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 pytest.importorskip("transformers", reason="needs the parity extra")
 
-BLOCK = {
-    "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj", "o": "self_attn.o_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
 SIZES = {
-    # Four query heads a key head, heads that do not make up the width, a head of its own, another base and epsilon.
-    "odd": LlmConfig(101, 40, 3, heads=8, kv_heads=2, head_dim=14, mlp=72, rope_theta=1e4, eps=1e-5, tied=False),
+    # Eight query heads on one key head, heads that do not make up the width, a head of its own, another base, epsilon.
+    "odd": LlmConfig(101, 40, 3, heads=8, kv_heads=1, head_dim=14, mlp=72, rope_theta=1e4, eps=1e-5, tied=False),
     "tied": LlmConfig(101, 36, 2, heads=3, kv_heads=3, head_dim=12, mlp=50, rope_theta=1e6, tied=True),
+    "llama": LlmConfig(101, 48, 2, heads=4, kv_heads=2, head_dim=12, mlp=50, rope_theta=1e4, eps=1e-5, qk_norm=False),
 }
 B, L = 2, 9
 
 
+def reference(cfg: LlmConfig):
+    """A model of transformers of these sizes."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    make, model = (Qwen3Config, Qwen3ForCausalLM) if cfg.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    sizes = make(
+        vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp, num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim,
+        rms_norm_eps=cfg.eps, tie_word_embeddings=cfg.tied, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, max_position_embeddings=512,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return model(sizes)
+
+
 class Pair:
-    """One geometry: their model with random weights (norms too), and the same weights in our tree."""
+    """One geometry: their model with random weights (norms too), and what our loader makes of its directory."""
 
-    def __init__(self, cfg: LlmConfig):
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-
-        torch.manual_seed(0)
-        self.cfg = cfg
-        sizes = Qwen3Config(
-            vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp, num_hidden_layers=cfg.depth,
-            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim,
-            rms_norm_eps=cfg.eps, tie_word_embeddings=cfg.tied, attn_implementation="eager",
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, max_position_embeddings=512,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
-        self.theirs = Qwen3ForCausalLM(sizes).eval()
-        with torch.no_grad():
-            for name, p in self.theirs.named_parameters():
-                p.copy_(1 + 0.3 * torch.randn(p.shape) if "norm" in name else 0.25 * torch.randn(p.shape))
-        w = {k: np.asarray(v.detach()) for k, v in self.theirs.named_parameters()}
-        layers = [
-            {ours: {"weight": w[f"model.layers.{i}.{theirs}.weight"]} for ours, theirs in BLOCK.items()}
-            for i in range(cfg.depth)
-        ]
-        self.params = {
-            "embed": w["model.embed_tokens.weight"],
-            "blocks": {"layers": jax.tree.map(lambda *a: jnp.asarray(np.stack(a)), *layers)},
-            "norm": {"weight": w["model.norm.weight"]},
-        }
-        if not cfg.tied:
-            self.params["head"] = w["lm_head.weight"]
-        self.params = jax.tree.map(jnp.asarray, self.params)
+    def __init__(self, cfg, theirs, folder):
+        theirs.save_pretrained(folder, max_shard_size="20KB")
+        self.files = sorted(p.name for p in folder.glob("*.safetensors"))
+        self.theirs, self.loaded = theirs, convert.load_llm(folder)
+        self.cfg, self.params = cfg, jax.tree.map(jnp.asarray, self.loaded.params)
 
     def layer(self, i):
         return jax.tree.map(lambda a: a[i], self.params["blocks"]["layers"])
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def pair(request):
-    return Pair(SIZES[request.param])
+def pair(request, shaken, tmp_path_factory):
+    cfg = SIZES[request.param]
+    return Pair(cfg, shaken(reference(cfg), 0.25), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +66,10 @@ def ids(pair):
     return np.random.default_rng(0).integers(0, pair.cfg.vocab, (B, L))
 
 
-def close(got, want, tolerance=1e-5):
-    want = want.detach().numpy()
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
-
-
-def test_the_tree_is_ours_and_nothing_of_theirs_is_left_over(pair):
+def test_the_loader_reads_sizes_and_every_weight_out_of_several_files(pair):
+    assert pair.loaded.config == pair.cfg
+    assert len(pair.files) > 2
+    assert pair.loaded.unused == []
     args = jnp.zeros((1, 1, pair.cfg.width)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
     shapes = jax.eval_shape(llm.Llm(pair.cfg).init, jax.random.key(0), *args)["params"]
     assert jax.tree.map(np.shape, pair.params) == jax.tree.map(lambda s: s.shape, shapes)
@@ -89,13 +77,13 @@ def test_the_tree_is_ours_and_nothing_of_theirs_is_left_over(pair):
     assert sum(leaf.size for leaf in jax.tree.leaves(pair.params)) == theirs
 
 
-def test_norm(pair):
+def test_norm(pair, close):
     x = np.random.default_rng(1).normal(size=(2, 5, pair.cfg.width)).astype(np.float32)
     got = RMSNorm(pair.cfg.eps).apply({"params": pair.params["norm"]}, jnp.asarray(x))
     close(got, pair.theirs.model.norm(torch.tensor(x)))
 
 
-def test_rotary(pair):
+def test_rotary(pair, close):
     """Tables, and the rotation itself, at near and far positions."""
     from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
@@ -110,7 +98,21 @@ def test_rotary(pair):
     close(llm.rotate(jnp.asarray(x), cos, sin), want, 2e-5)
 
 
-def test_block(pair):
+def test_attention(pair, close):
+    """Key heads shared as theirs are, behind a causal mask."""
+    from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+
+    rng, c = np.random.default_rng(4), pair.cfg
+    q, k, v = (rng.normal(size=(B, h, L, c.head_dim)).astype(np.float32) for h in (c.heads, c.kv_heads, c.kv_heads))
+    mask = np.tril(np.ones((L, L), bool))
+    bias = torch.tensor(np.where(mask, 0, np.finfo(np.float32).min), dtype=torch.float32)[None, None]
+    module = pair.theirs.model.layers[0].self_attn
+    want, _ = eager_attention_forward(module, *map(torch.tensor, (q, k, v)), bias, scaling=c.head_dim**-0.5)
+    got = attention(*map(jnp.asarray, (q, k, v)), jnp.broadcast_to(mask, (B, L, L)))
+    close(np.asarray(got).transpose(0, 2, 1, 3), want)
+
+
+def test_block(pair, close):
     x = np.random.default_rng(3).normal(size=(B, L, pair.cfg.width)).astype(np.float32)
     positions = np.broadcast_to(np.arange(L), (B, L))
     mask = np.tril(np.ones((L, L), bool))
@@ -123,15 +125,29 @@ def test_block(pair):
     close(got, want[0] if isinstance(want, tuple) else want)
 
 
+def answers(cfg, params, ids, scan=True):
+    """Hidden states and logits of whole rows."""
+    x = llm.embed(params, jnp.asarray(ids))
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    mask = llm.segment_mask(jnp.zeros(ids.shape, jnp.int32))
+    hidden, _ = jax.jit(llm.Llm(cfg, scan).apply)({"params": params}, x, positions, mask)
+    return hidden, llm.logits(params, hidden)
+
+
 @pytest.mark.parametrize("scan", [True, False])
-def test_stack_and_logits(scan, pair, ids):
-    x = llm.embed(pair.params, jnp.asarray(ids))
-    positions = jnp.broadcast_to(jnp.arange(L), (B, L))
-    mask = llm.segment_mask(jnp.zeros((B, L), jnp.int32))
-    hidden, _ = jax.jit(llm.Llm(pair.cfg, scan).apply)({"params": pair.params}, x, positions, mask)
+def test_stack_and_logits(scan, pair, ids, close):
+    hidden, logits = answers(pair.cfg, pair.params, ids, scan)
     with torch.no_grad():
         close(hidden, pair.theirs.model(torch.tensor(ids)).last_hidden_state)
-        close(llm.logits(pair.params, hidden), pair.theirs(torch.tensor(ids)).logits)
+        close(logits, pair.theirs(torch.tensor(ids)).logits)
+
+
+def test_logits_in_bf16(pair, ids, bf16_is_as_good_as_torchs):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), pair.params)
+    with torch.no_grad():
+        reference = pair.theirs(torch.tensor(ids)).logits
+        theirs = copy.deepcopy(pair.theirs).bfloat16()(torch.tensor(ids)).logits
+    bf16_is_as_good_as_torchs(answers(pair.cfg, params, ids)[1], theirs, reference)
 
 
 def test_greedy_answers_through_both_caches(pair, ids):

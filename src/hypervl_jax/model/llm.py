@@ -70,8 +70,9 @@ class Block(nn.Module):
             rearrange(Linear(n * c.head_dim, bias=False, name=name)(y), "b l (h d) -> b h l d", d=c.head_dim)
             for name, n in heads.items()
         )
-        q = rotate(RMSNorm(c.eps, name="q_norm")(q), cos, sin)
-        k = rotate(RMSNorm(c.eps, name="k_norm")(k), cos, sin)
+        if c.qk_norm:
+            q, k = RMSNorm(c.eps, name="q_norm")(q), RMSNorm(c.eps, name="k_norm")(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             at = (0, 0, start, 0)
             k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at, allow_negative_indices=False)
