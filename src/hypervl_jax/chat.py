@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypervl_jax import ask, image, text
+from hypervl_jax import ask, image, lengths
 from hypervl_jax.ask import Read, Seen, View
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch
 from hypervl_jax.generate import GREEDY, Sampler
-from hypervl_jax.text import END_THINK, Fitted
+from hypervl_jax.text import END_THINK, Fitted, fit
 
 CONTEXT = 40_960  # tokens Qwen3 was trained to follow
-Pictures = image.Source | Sequence[image.Source]
+Images = image.Source | Sequence[image.Source]
 
 
 class ChatError(ValueError):
@@ -83,8 +83,8 @@ class Chat:
         self._read: Read | None = None
         self._running: Iterator[str] | None = None
 
-    def ask(self, pictures: Pictures, question: str) -> Iterator[str]:
-        """The answer, piece by piece as it is known, to a question that shows one more picture, several or none (`()`):
+    def ask(self, images: Images, text: str) -> Iterator[str]:
+        """The answer, piece by piece as it is known, to a question that shows one more image, several or none (`()`):
         files, their bytes, Pillow images or u8 arrays [H W 3].
 
         The turn begins with the first piece. An answer that is not read to its end, or is interrupted, stands in the
@@ -92,7 +92,7 @@ class Chat:
         question that does not fit; the conversation is then as it was.
         """
         self.stop()
-        self._running = self._turn(pictures, question)
+        self._running = self._turn(images, text)
         return self._running
 
     def stop(self) -> None:
@@ -101,10 +101,10 @@ class Chat:
             self._running.close()  # type: ignore[attr-defined]
             self._running = None
 
-    def programs(self, pictures: Pictures, question: str) -> list[Program]:
+    def programs(self, images: Images, text: str) -> list[Program]:
         """The programs that `ask` would run, in order. Looks at the pictures with VRC, and encodes nothing."""
         cfg = self.model.config
-        views = [ask.view(self.model, p, self.branch, self.vrc) for p in _pixels(pictures)]
+        views = [ask.view(self.model, p, self.branch, self.vrc) for p in _pixels(images)]
         found = []
         if views and self.vrc:
             side = cfg.vrc.side
@@ -113,20 +113,20 @@ class Chat:
             side = cfg.policy.tile
             n = ", ".join(str(view.plan.n_tiles) for view in views)
             found.append(Program(f"encoder {self.branch} [1 {side} {side} 3]", f"one tile after another, of {n}"))
-        fitted, seen = self._shown(views, question)
+        fitted, seen = self._shown(views, text)
         layout = ask.lay_out(fitted.prompt, seen, self.max_tokens, self._read)
         n = len(layout.marks)
-        why = f"{n} tokens, {layout.shared} of them read before, in runs of {ask.lengths.PREFILL}"
+        why = f"{n} tokens, {layout.shared} of them read before, in runs of {lengths.PREFILL}"
         for length in dict.fromkeys(length for _, length in layout.runs):
             found.append(Program(f"prefill of {length} tokens, cache of {layout.room}", why))
         why = f"{n} tokens and an answer of up to {self.max_tokens}; {self.sampler}"
         return [*found, Program(f"decode step, cache of {layout.room}", why)]
 
-    def _shown(self, views: Sequence[View], question: str) -> tuple[Fitted, list[View]]:
+    def _shown(self, views: Sequence[View], text: str) -> tuple[Fitted, list[View]]:
         """What the model is shown when a question is asked about new pictures, and all pictures in it."""
-        parts = [*[{"type": "image"}] * len(views), {"type": "text", "text": question}]
+        parts = [*[{"type": "image"}] * len(views), {"type": "text", "text": text}]
         seen = [*(p.view for p in self.pictures), *views]
-        fitted = text.fit(
+        fitted = fit(
             [*self.messages, {"role": "user", "content": parts}], [view.plan for view in seen], self.model.tokenizer,
             self.model.config.text, self.context - self.max_tokens, self.thinking,
         )  # fmt: skip
@@ -138,15 +138,16 @@ class Chat:
             self.encoded += 1
         return self._features[view]
 
-    def _turn(self, pictures: Pictures, question: str) -> Iterator[str]:
-        new = _pixels(pictures)
+    def _turn(self, images: Images, text: str) -> Iterator[str]:
+        new = _pixels(images)
         views = [ask.view(self.model, p, self.branch, self.vrc) for p in new]
-        fitted, shown = self._shown(views, question)
+        fitted, shown = self._shown(views, text)
         for pixels, view in zip(new, views, strict=True):
             self._see(pixels, view)
         seen = [self._features[view] for view in shown]
         self._read = ask.read(self.model, fitted.prompt, seen, self.max_tokens, self._read)
         self.messages, self.pictures, self.ended = fitted.messages, seen, False
+        self._features = {picture.view: picture for picture in seen}  # those of forgotten turns go
         self.fed += self._read.fed
         self._turns += 1
         key, said = jax.random.fold_in(self._key, self._turns), ""
@@ -161,6 +162,6 @@ class Chat:
             self.messages.append({"role": "assistant", "content": answer})
 
 
-def _pixels(pictures: Pictures) -> list[Any]:
-    several = isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes)
-    return [image.load(p) for p in (pictures if several else [pictures])]  # type: ignore[union-attr]
+def _pixels(images: Images) -> list[Any]:
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    return [image.load(i) for i in (images if several else [images])]  # type: ignore[union-attr]

@@ -81,7 +81,7 @@ def pad_left(rows: list[tuple[np.ndarray, np.ndarray]], length: int, pad_id: int
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def start(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> DecodeState:
+def start(cfg: ModelConfig, batch: int, length: int, dtype: np.dtype = np.dtype(np.float32)) -> DecodeState:
     """The state that has read nothing, with a cache of `length` positions."""
     return DecodeState(
         jnp.zeros((batch, cfg.llm.vocab), jnp.float32),
