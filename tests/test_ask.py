@@ -144,7 +144,7 @@ def test_what_was_said_is_not_read_again(tiny_model, seen):
     answer = "".join(pieces)
     longer = rendered(tiny_model, seen, QUESTION, answer, QUESTION)
     whole = ask.read(tiny_model, longer, seen, 8)
-    same = next(n for n, (a, b) in enumerate(zip(said.marks, whole.marks, strict=False)) if a != b)
+    same = next((n for n, (a, b) in enumerate(zip(said.marks, whole.marks, strict=False)) if a != b), len(said.marks))
     again = ask.read(tiny_model, longer, seen, 8, said)
     assert again.fed == len(longer.ids) - same < len(longer.ids) - len(prompt.ids)
     want = np.asarray(whole.state.logits)

@@ -44,7 +44,7 @@ class Chat:
 
     `messages` is what the model is shown, as `text.render` takes it; `pictures` the pictures in it, in order. When a
     question no longer fits into `context` tokens beside `max_tokens` of an answer, the oldest turns are forgotten.
-    `encoded` counts pictures that went through an encoder, `fed` tokens the decoder had to read.
+    `turns` counts questions, `encoded` pictures that went through an encoder, `fed` tokens the decoder had to read.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Chat:
         self.encoded = self.fed = 0
         self.ended = True  # the last answer, by the model itself or by a stop string
         self._key = jax.random.key(secrets.randbits(32) if seed is None else seed)
-        self._turns = 0
+        self.turns = 0
         self._features: dict[View, Seen] = {}
         self._read: Read | None = None
         self._running: Iterator[str] | None = None
@@ -149,8 +149,8 @@ class Chat:
         self.messages, self.pictures, self.ended = fitted.messages, seen, False
         self._features = {picture.view: picture for picture in seen}  # those of forgotten turns go
         self.fed += self._read.fed
-        self._turns += 1
-        key, said = jax.random.fold_in(self._key, self._turns), ""
+        self.turns += 1
+        key, said = jax.random.fold_in(self._key, self.turns), ""
         try:
             for piece, self._read in ask.say(self.model, self._read, self.max_tokens, self.sampler, key, self.stops):
                 said += piece
