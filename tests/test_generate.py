@@ -1,5 +1,5 @@
-"""Decoding: one program, a stream and a full forward for every token give the same answer; padding gives nothing; what is
-drawn from is what a float64 oracle draws from."""
+"""Decoding: one program, a stream and a full forward for every token give the same answer; padding gives nothing; what
+is drawn from is what a float64 oracle draws from."""
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ def test_a_prompt_read_in_padded_pieces_is_the_prompt_read_at_once(room, prompts
     none, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
     want = generate.prefill(tiny_params, cfg, x, none, key, len(ids))
     extend = jax.jit(generate.extend, static_argnums=1)
-    state = generate.start(cfg, 1, 64)
+    state = generate.start(cfg, 1, 64, np.dtype(np.float32))
     for start in range(0, len(ids), length - 3):
         piece = x[:, start : start + length - 3]
         count = piece.shape[1]

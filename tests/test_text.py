@@ -384,8 +384,8 @@ def test_a_text_that_begins_with_a_newline_is_tokenised_with_its_role(tokenizer)
     assert ids[1 : 1 + len(body)] == body != [*tokenizer.encode("user\n"), *tokenizer.encode("\nWhat?")]
 
 
-# Qwen3's chat format as its model card describes it, without tools: a header a message, thoughts of earlier answers left
-# out, an empty block where thinking is off.
+# Qwen3's chat format as its model card describes it, without tools: a header a message, an empty block for the answer
+# that ends a conversation and where thinking is off.
 CHATML = """
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' }}

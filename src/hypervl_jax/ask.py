@@ -2,11 +2,11 @@
 
     view     pixels -> View        which picture, and how it is cut: VRC and the plan
     encode   pixels, View -> Seen  its tiles through one branch, one after another
-    read     a prompt -> Read      the decoder's cache; of a prompt that begins like an earlier one only the rest is read
+    read     a prompt -> Read      the decoder's cache; what a prompt has in common with the last one is not read again
     say      Read -> text          the answer, piece by piece
 
-`see` is the first two, `answer` all of it for one question; `chat.Chat` holds a conversation. `export.runtime` is the same
-walk over exported files.
+`see` is the first two, `answer` all of it for one question; `chat.Chat` holds a conversation. `export.runtime` is the
+same walk over exported files.
 Axes: H W picture, F features of a picture's tiles, L tokens, D decoder width.
 """
 
@@ -191,8 +191,8 @@ def say(
     tok, cfg = model.tokenizer, model.config
     end, forbidden = tok.special(tokens.IM_END), _forbidden(tok, cfg.llm.vocab)
     out, marks = text.Stream(tok, stops), read.marks
-    state = read.state._replace(key=jax.random.key(0) if key is None else key)
-    for token, state in generate.stream(model.params, cfg, state, forbidden, sampler, end, new):
+    begun = read.state._replace(key=jax.random.key(0) if key is None else key)
+    for token, state in generate.stream(model.params, cfg, begun, forbidden, sampler, end, new):
         piece, marks = out.push(token), (*marks, token)
         read = Read(state, marks, read.fed, out.done)
         yield piece, read
@@ -217,8 +217,9 @@ def answer(
     cfg, tok = model.config, model.tokenizer
     prompt = text.render([{"role": "user", "content": content}], [p.plan for p in pictures], tok, cfg.text)
     key = jax.random.key(secrets.randbits(32) if seed is None else seed)
-    said = read(model, prompt, pictures, new)
-    for piece, said in say(model, said, new, sampler, key, stops):
+    ended = False
+    for piece, now in say(model, read(model, prompt, pictures, new), new, sampler, key, stops):
+        ended = now.ended
         if piece:
             yield piece
-    return said.ended
+    return ended

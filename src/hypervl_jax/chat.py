@@ -1,7 +1,7 @@
 """A conversation about pictures: what was said, the pictures' features and the decoder's cache in one object.
 
-Everything it does is one of the functions of `ask.py`; it remembers what they returned. A picture is encoded once, and of
-each turn only what is new is read.
+Everything it does is one of the functions of `ask.py`; it remembers what they returned. A picture is encoded once, and
+of each turn only what is new is read.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Chat:
         thinking: bool = False,
         context: int = CONTEXT,
     ):
-        """`branch` looks, `vrc` lets the Visual Resolution Compressor shrink pictures, `system` says what to be. What is
-        sampled depends on `seed` (None: another one each time). An answer ends before any of `stops`. With `thinking`
-        the model may think before it answers; thoughts are part of the text, not of what later turns see.
+        """`branch` looks, `vrc` lets the Visual Resolution Compressor shrink pictures, `system` says what to be. What
+        is sampled depends on `seed` (None: another one each time). An answer ends before any of `stops`. With
+        `thinking` the model may think before it answers; thoughts are part of the text, not of what later turns see.
 
         Raises `ChatError` for a model that was not taught to think, `SamplerError` for a sampler that cannot be.
         """
@@ -79,7 +79,6 @@ class Chat:
         self.ended = True  # the last answer, by the model itself or by a stop string
         self._key = jax.random.key(secrets.randbits(32) if seed is None else seed)
         self.turns = 0
-        self._features: dict[View, Seen] = {}
         self._read: Read | None = None
         self._running: Iterator[str] | None = None
 
@@ -103,13 +102,13 @@ class Chat:
 
     def programs(self, images: Images, text: str) -> list[Program]:
         """The programs that `ask` would run, in order. Looks at the pictures with VRC, and encodes nothing."""
-        cfg = self.model.config
+        cfg, known = self.model.config, {picture.view for picture in self.pictures}
         views = [ask.view(self.model, p, self.branch, self.vrc) for p in _pixels(images)]
         found = []
         if views and self.vrc:
             side = cfg.vrc.side
             found.append(Program(f"vrc [1 {side} {side} 3]", "every picture is shrunk to this proxy"))
-        if any(view not in self._features for view in views):
+        if any(view not in known for view in views):
             side = cfg.policy.tile
             n = ", ".join(str(view.plan.n_tiles) for view in views)
             found.append(Program(f"encoder {self.branch} [1 {side} {side} 3]", f"one tile after another, of {n}"))
@@ -132,31 +131,27 @@ class Chat:
         )  # fmt: skip
         return fitted, seen[len(seen) - fitted.pictures :]
 
-    def _see(self, pixels: Any, view: View) -> Seen:
-        if view not in self._features:
-            self._features[view] = ask.encode(self.model, pixels, view)
-            self.encoded += 1
-        return self._features[view]
-
     def _turn(self, images: Images, text: str) -> Iterator[str]:
         new = _pixels(images)
         views = [ask.view(self.model, p, self.branch, self.vrc) for p in new]
         fitted, shown = self._shown(views, text)
+        known = {picture.view: picture for picture in self.pictures}
         for pixels, view in zip(new, views, strict=True):
-            self._see(pixels, view)
-        seen = [self._features[view] for view in shown]
-        self._read = ask.read(self.model, fitted.prompt, seen, self.max_tokens, self._read)
+            if view not in known:
+                known[view] = ask.encode(self.model, pixels, view)
+                self.encoded += 1
+        seen = [known[view] for view in shown]
+        read = self._read = ask.read(self.model, fitted.prompt, seen, self.max_tokens, self._read)
         self.messages, self.pictures, self.ended = fitted.messages, seen, False
-        self._features = {picture.view: picture for picture in seen}  # those of forgotten turns go
-        self.fed += self._read.fed
+        self.fed += read.fed
         self.turns += 1
         key, said = jax.random.fold_in(self._key, self.turns), ""
         try:
-            for piece, self._read in ask.say(self.model, self._read, self.max_tokens, self.sampler, key, self.stops):
-                said += piece
+            for piece, read in ask.say(self.model, self._read, self.max_tokens, self.sampler, key, self.stops):
+                self._read, said = read, said + piece
                 if piece:
                     yield piece
-            self.ended = self._read.ended
+            self.ended = read.ended
         finally:
             answer = said.rpartition(END_THINK)[2].lstrip("\n") if self.thinking else said
             self.messages.append({"role": "assistant", "content": answer})

@@ -140,8 +140,8 @@ def chat(
     """Talk about pictures. A question a line, typed or piped in; answers go to stdout, everything else to stderr.
 
     Lines that begin with a slash are commands: /image FILE shows a picture with the next question, /new begins again,
-    /help lists them. Ctrl-C stops an answer, Ctrl-D ends the chat. Pictures are encoded once, and of each turn only what
-    is new is read. For example:
+    /help lists them. Ctrl-C stops an answer, Ctrl-D ends the chat. A picture is encoded once, and of each turn only
+    what is new is read. For example:
 
     hypervl chat screen.png
 
@@ -160,7 +160,7 @@ def chat(
         seed: what is sampled depends on it; drawn, and said on stderr, if not given.
         stop: an answer ends before this text; may be given several times.
         max_tokens: the longest answer.
-        context: the longest conversation in tokens, the oldest turns are then forgotten; default: what Qwen3 can follow.
+        context: the longest conversation in tokens, beyond which the oldest turns are forgotten; default 40960.
         thinking: let the model think before it answers, if it was taught to.
         explain_compile: list the programs that each answer needs, and why these.
     """
@@ -223,7 +223,7 @@ def tokens(
     from hypervl_jax import ask as path
     from hypervl_jax import cost, plan, text
 
-    encodings = {branch: cost.encoding(cfg, branch) for branch in BRANCHES}
+    encodings: dict[Branch, cost.Encoding] = {branch: cost.encoding(cfg, branch) for branch in BRANCHES}
     decoder = cost.decoder_bytes(cfg)
     for name, picture in zip(images, pixels, strict=True):
         h, w = picture.shape[:2]

@@ -84,8 +84,8 @@ def talk(
 ) -> int:
     """A conversation over lines of input, the first question showing `images`; returns how many lines failed.
 
-    `begin` makes a conversation; `explain` lists the programs of each turn before it. What goes wrong in a turn is told in one line and the conversation goes on, if `told`
-    knows what to say of it; otherwise it is raised.
+    `begin` makes a conversation; `explain` lists the programs of each turn before it. What goes wrong in a turn is told
+    in one line and the conversation goes on, if `told` knows what to say of it; otherwise it is raised.
     """
     chat, failed, source = begin(), 0, iter(lines)
     while True:

@@ -81,7 +81,7 @@ def pad_left(rows: list[tuple[np.ndarray, np.ndarray]], length: int, pad_id: int
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def start(cfg: ModelConfig, batch: int, length: int, dtype: np.dtype = np.dtype(np.float32)) -> DecodeState:
+def start(cfg: ModelConfig, batch: int, length: int, dtype: np.dtype) -> DecodeState:
     """The state that has read nothing, with a cache of `length` positions."""
     return DecodeState(
         jnp.zeros((batch, cfg.llm.vocab), jnp.float32),
@@ -149,9 +149,10 @@ def choices(
 ) -> Float[Array, "B V"]:
     """Logits of the distribution that the next token is drawn from, -inf for what it cannot be.
 
-    As in transformers, in this order: logits of `seen` tokens are divided by the penalty where positive, else multiplied
-    by it (CTRL, Keskar et al. 2019, 4.1); forbidden tokens go; the temperature divides; all but the k likeliest go; and
-    of those that are left all but the fewest whose probabilities sum to top_p (nucleus sampling, Holtzman et al. 2020).
+    As in transformers, in this order: logits of `seen` tokens are divided by the penalty where positive, else
+    multiplied by it (CTRL, Keskar et al. 2019, 4.1); forbidden tokens go; the temperature divides; all but the k
+    likeliest go; and of those that are left all but the fewest likeliest whose probabilities sum to top_p or more
+    (nucleus sampling, Holtzman et al. 2020).
     Equal logits stay or go together.
     """
     if sampler.penalty != 1:
@@ -230,9 +231,9 @@ def stream(
     end: int,
     new: int,
 ) -> Iterator[tuple[int, DecodeState]]:
-    """The same tokens as `generate`, one row from a state that has read the prompt (of `prefill`), one at a time as they
-    are known, the end among them. Each state's buffers are given to the next step, the first one's too: keep only the
-    latest."""
+    """The same tokens as `generate`, one row from a state that has read the prompt (of `prefill`), one at a time as
+    they are known, the end among them. Each state's buffers are given to the next step, the first one's too: keep only
+    the latest."""
     for _ in range(new):
         state, token = _sample_step(params, cfg, state, sampler, forbidden, end)
         said = token.item()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hypervl_jax import compress, generate, image, plan, text, tokens
-from hypervl_jax.export import manifest, runtime, verify
+from hypervl_jax.export import manifest, verify
 from hypervl_jax.export.manifest import ManifestError
 from hypervl_jax.export.runtime import AnswerError, Runtime
 from hypervl_jax.model import hypervl
