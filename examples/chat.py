@@ -36,10 +36,8 @@ def main(name: str = "quickstart", picture: str | Path = PICTURE) -> None:
     shown = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     talk: list = [{"role": "user", "content": shown}]
     prompt = text.render(talk, [seen.plan], model.tokenizer, model.config.text)
-    read = ask.read(model, prompt, [seen], new=16)
-    first = ""
-    for piece, read in ask.say(model, read, new=16):  # noqa: B020 - of each only the latest may be used again
-        first += piece
+    pieces = list(ask.say(model, ask.read(model, prompt, [seen], new=16), new=16))
+    first, read = "".join(piece for piece, _ in pieces), pieces[-1][1]  # only the latest `Read` may be used again
     talk += [{"role": "assistant", "content": first}, {"role": "user", "content": THEN}]
     prompt = text.render(talk, [seen.plan], model.tokenizer, model.config.text)
     again = ask.read(model, prompt, [seen], new=16, before=read)  # what was read before stays in the cache

@@ -365,6 +365,25 @@ def test_tokens_refuses_arguments_that_cannot_be(tiny_picture, fails):
     assert "did you mean 'tiny'" in fails("tokens", tiny_picture, "--config", "tniy")
 
 
+def test_compiled_programs_are_kept_between_calls(tmp_path, monkeypatch):
+    """Under the user's cache folder, unless the environment names another."""
+    import jax
+
+    kept = ("min_compile_time_secs", "min_entry_size_bytes")
+    names = ("jax_compilation_cache_dir", *(f"jax_persistent_cache_{name}" for name in kept))
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli._keep_compiled()  # the tests have a folder of their own
+    assert {name: getattr(jax.config, name) for name in names} == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        cli._keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "hypervl_jax" / "compiled")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,11 @@ def typed(prompt: str = "> ") -> Iterator[str]:
     """Lines typed at a terminal, until Ctrl-D; what Ctrl-C interrupts is asked for again."""
     while True:
         try:
-            yield input(prompt)
+            if sys.stdout.isatty():
+                yield input(prompt)  # knows its width, for editing the line
+            else:
+                print(prompt, end="", file=sys.stderr, flush=True)
+                yield input()
         except EOFError:
             note("")
             return
