@@ -2,7 +2,7 @@
 
 import pytest
 
-from hypervl_jax import console, generate, image, plan
+from hypervl_jax import console, generate, image
 from hypervl_jax.chat import Chat
 
 
@@ -101,11 +101,3 @@ def test_typed_lines_survive_ctrl_c_and_end_with_ctrl_d(monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out == ""  # of a pipe, which carries answers alone
     assert "Ctrl-D ends the chat" in said.err
-
-
-def test_places_are_in_pixels_of_the_original(tiny_config):
-    """Whatever the ratio the model saw it at."""
-    p = plan.make((60, 40), 0.3, tiny_config.model.policy)
-    assert console.places("0 99", p, 100) == ["point x 0, y 60 of 40 x 60 pixels"]
-    assert console.places("look: [0, 0, 99, 49]", p, 100) == ["box x 0 to 40, y 0 to 30 of 40 x 60 pixels"]
-    assert console.places("no", p, 100) == []

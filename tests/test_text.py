@@ -660,3 +660,11 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer):
 )
 def test_points_and_boxes_in_an_answer(said, found):
     assert text.coordinates(said, 100) == found
+
+
+def test_places_are_in_pixels_of_the_original():
+    """Whatever the ratio the model saw it at."""
+    p = plans.make((60, 40), 0.3, POLICY)
+    assert text.places("0 99", p, 100) == ["point x 0, y 60 of 40 x 60 pixels"]
+    assert text.places("look: [0, 0, 99, 49]", p, 100) == ["box x 0 to 40, y 0 to 30 of 40 x 60 pixels"]
+    assert text.places("no", p, 100) == []

@@ -108,9 +108,8 @@ class Chat:
         if views and self.vrc:
             side = cfg.vrc.side
             found.append(Program(f"vrc [1 {side} {side} 3]", "every picture is shrunk to this proxy"))
-        if any(view not in known for view in views):
-            side = cfg.policy.tile
-            n = ", ".join(str(view.plan.n_tiles) for view in views)
+        if tiles := [view.plan.n_tiles for view in dict.fromkeys(views) if view not in known]:
+            side, n = cfg.policy.tile, " + ".join(map(str, tiles))
             found.append(Program(f"encoder {self.branch} [1 {side} {side} 3]", f"one tile after another, of {n}"))
         fitted, seen = self._shown(views, text)
         layout = ask.lay_out(fitted.prompt, seen, self.max_tokens, self._read)

@@ -81,7 +81,7 @@ def ask(
         max_tokens: the longest answer.
         explain_compile: list the programs that the answer needs, and why these.
     """
-    from hypervl_jax import console, image
+    from hypervl_jax import image
 
     if not images:
         raise UsageError(
@@ -99,10 +99,12 @@ def ask(
     settings = _settings(temperature, top_k, top_p, penalty, seed, max_tokens) if runtime == "jax" else {}
     pixels = [image.load(path) for path in images]
     if runtime == "jax":
+        from hypervl_jax import console
         from hypervl_jax.chat import Chat
 
         console.answer(Chat(_load(model), branch, vrc, stops=stop, **settings), pixels, question, explain_compile)
         return
+    from hypervl_jax import text
     from hypervl_jax.export.runtime import Runtime
 
     if not 1 <= max_tokens <= LONGEST:
@@ -115,7 +117,7 @@ def ask(
         full = len(done.ids) < max_tokens
         limit = f"the exported cache of {files.cache_length} tokens" if full else f"--max-tokens {max_tokens}"
         print(f"the answer was cut off by {limit}", file=sys.stderr)
-    for line in [*console.places(said, done.plan, files.config.text.coords), console.seen(done.plan, branch)]:
+    for line in [*text.places(said, done.plan, files.config.text.coords), f"{branch}: {done.plan.summary()}"]:
         print(line, file=sys.stderr)
 
 

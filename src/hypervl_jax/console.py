@@ -13,7 +13,6 @@ import numpy as np
 
 from hypervl_jax import image, text
 from hypervl_jax.chat import Chat
-from hypervl_jax.plan import VisionPlan
 
 HELP = """type a question and press Enter
   /image FILE   show a picture with the next question
@@ -25,25 +24,6 @@ HELP = """type a question and press Enter
 def note(line: str) -> None:
     """One line to stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def seen(plan: VisionPlan, branch: str) -> str:
-    """How a picture was seen, for people."""
-    tiles, (h, w) = "1 tile" if plan.n_tiles == 1 else f"{plan.n_tiles} tiles", plan.size
-    return f"{branch}: {w} x {h} px at ratio {plan.ratio:.2f}, {tiles}, {plan.tokens} visual tokens"
-
-
-def places(answer: str, plan: VisionPlan, coords: int) -> list[str]:
-    """The points and boxes that an answer names, in pixels of the original picture, for people."""
-    h, w = plan.size
-    out = []
-    for numbers in text.coordinates(answer, coords):
-        x0, y0, *end = plan.to_pixels(numbers, coords)
-        named = (
-            f"box x {x0:.0f} to {end[0]:.0f}, y {y0:.0f} to {end[1]:.0f}" if end else f"point x {x0:.0f}, y {y0:.0f}"
-        )
-        out.append(f"{named} of {w} x {h} pixels")
-    return out
 
 
 def answer(chat: Chat, images: list[np.ndarray], question: str, explain: bool = False) -> str:
@@ -68,10 +48,10 @@ def answer(chat: Chat, images: list[np.ndarray], question: str, explain: bool = 
     if gone := before + 2 - len(chat.messages):
         note(f"the {gone // 2} oldest turns no longer fit into --context {chat.context} and are forgotten")
     if chat.pictures:
-        for line in places(said, chat.pictures[-1].plan, chat.model.config.text.coords):
+        for line in text.places(said, chat.pictures[-1].plan, chat.model.config.text.coords):
             note(line)
     for picture in chat.pictures[len(chat.pictures) - len(images) :] if images else []:
-        note(seen(picture.plan, chat.branch))
+        note(f"{chat.branch}: {picture.plan.summary()}")
     return said
 
 

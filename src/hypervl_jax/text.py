@@ -344,3 +344,14 @@ def coordinates(answer: str, coords: int) -> list[tuple[int, ...]]:
     groups = [whole[0]] if whole else re.findall(rf"[(\[]\s*({_NUMBERS})\s*[)\]]", answer)
     found = [tuple(int(n) for n in re.findall("[0-9]+", group)) for group in groups]
     return [numbers for numbers in found if max(numbers) < coords]
+
+
+def places(answer: str, plan: VisionPlan, coords: int) -> list[str]:
+    """The same in pixels of the original picture, a line each."""
+    h, w = plan.size
+    out = []
+    for numbers in coordinates(answer, coords):
+        x, y, *end = plan.to_pixels(numbers, coords)
+        named = f"box x {x:.0f} to {end[0]:.0f}, y {y:.0f} to {end[1]:.0f}" if end else f"point x {x:.0f}, y {y:.0f}"
+        out.append(f"{named} of {w} x {h} pixels")
+    return out
