@@ -66,7 +66,10 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"hypervl {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [["aks"], ["ask"], ["ask", "a.png", "b", "--branch", "medium"], ["eval", "--nope"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["aks"], ["ask"], ["ask", "a.png", "b", "--branch", "medium"], ["chat", "--top-k", "x"], ["eval", "--nope"]],
+)
 def test_what_cannot_be_parsed_names_the_choices(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
@@ -90,44 +93,96 @@ def test_ask_answers_on_stdout_and_says_on_stderr_how_it_saw(tiny_folder, tiny_p
     assert f"base: {pixels.shape[1]} x {pixels.shape[0]} px at ratio 1.00" in said.err
 
 
-def test_ask_says_where_in_pixels(tiny_folder, tiny_picture, monkeypatch, capsys):
-    from hypervl_jax import ask
-
-    monkeypatch.setattr(ask, "see", lambda model, pixels, branch, vrc: ask.Seen(plan_of(pixels, model), None))
-    monkeypatch.setattr(ask, "answer", lambda *_: iter(["5", "0 ", "99"]))
+@pytest.mark.parametrize("said", ["50 99", "it is at (50, 99)", "0 0 50 99"])
+def test_ask_says_where_in_pixels(said, tiny_folder, tiny_picture, saying, capsys):
+    saying(said)
     cli.main(["ask", str(tiny_picture), "where is it?", "--model", str(tiny_folder)])
     with Image.open(tiny_picture) as picture:
         w, h = picture.size
+    found = capsys.readouterr()
+    assert found.out == said + "\n"
+    x, y = f"{0.505 * w:.0f}", f"{0.995 * h:.0f}"
+    box = f"box x {0.005 * w:.0f} to {x}, y {0.005 * h:.0f} to {y}" if said[0] == "0" else f"point x {x}, y {y}"
+    assert f"{box} of {w} x {h} pixels\n" in found.err
+
+
+@pytest.fixture
+def saying(monkeypatch):
+    """Makes the decoder say a text; returns what it was asked with, call by call."""
+    from hypervl_jax import generate
+    from hypervl_jax.tokens import Tokenizer
+
+    given = []
+
+    def saying(said, ended=True):
+        def stream(params, cfg, state, forbidden, sampler, end, new):
+            given.append((sampler, new))
+            yield from ((i, state) for i in [*tokenizers[-1].encode(said), *[end] * ended])
+
+        tokenizers = []
+        load = Tokenizer.load
+
+        def noted(path):
+            tokenizers.append(load(path))
+            return tokenizers[-1]
+
+        monkeypatch.setattr(Tokenizer, "load", noted)
+        monkeypatch.setattr(generate, "stream", stream)
+        return given
+
+    return saying
+
+
+def test_ask_about_several_pictures(tiny_folder, tiny_picture, tiny_model, tmp_path, capsys):
+    """In the order given, options before, between and after them."""
+    from hypervl_jax import ask, image
+
+    shutil.copy(tiny_picture, tmp_path / "first.png")
+    Image.effect_noise((40, 30), 50).convert("RGB").save(tmp_path / "second.png")
+    paths = [str(tmp_path / name) for name in ("first.png", "second.png")]
+    seen = [ask.see(tiny_model, image.load(path), "large") for path in paths]
+    want = "".join(ask.answer(tiny_model, seen, "what is this?", new=8))
+    cli.main(["ask", "--branch", "large", *paths, "what is this?", "--model", str(tiny_folder), "--max-tokens", "8"])
     said = capsys.readouterr()
-    assert said.out == "50 99\n"
-    assert f"point x {0.505 * w:.0f}, y {0.995 * h:.0f} of {w} x {h} pixels" in said.err
+    assert said.out == want + "\n"
+    assert "large: 40 x 30 px" in said.err
+    assert said.err.count("visual tokens") == 2
+
+
+def test_ask_lists_the_programs_it_needs(tiny_folder, tiny_picture, saying, capsys):
+    saying("yes")
+    cli.main(["ask", str(tiny_picture), "what?", "--model", str(tiny_folder), "--explain-compile", "--top-k", "3"])
+    said = capsys.readouterr()
+    assert said.out == "yes\n"
+    listed = [line for line in said.err.splitlines() if line.startswith("program: ")]
+    kinds = ("vrc [1 64 64 3]: ", "encoder base [1 32 32 3]: ", "prefill of 64 tokens, cache of 128: ", "decode step, ")
+    assert len(listed) == 4
+    assert all(line.startswith("program: " + kind) for line, kind in zip(listed, kinds, strict=True))
+    assert "top_k=3" in listed[-1]
+
+
+def test_stop_strings_may_be_several(tiny_folder, tiny_picture, saying, capsys):
+    saying("one two three")
+    cli.main(["ask", str(tiny_picture), "what?", "--model", str(tiny_folder), "--stop", "thr", "--stop", " two"])
+    assert capsys.readouterr().out == "one\n"
 
 
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize(
-    ("argv", "seeds"), [("", [None, None]), ("--temperature 1 --seed 7", [7, 7]), ("--temperature 1", None)]
+    ("argv", "seeds"), [("", []), ("--temperature 1 --seed 7", [7, 7]), ("--temperature 1 --top-p 0.5", None)]
 )
-def test_ask_says_what_was_cut_off_and_with_which_seed(
-    argv, seeds, ended, tiny_folder, tiny_picture, monkeypatch, capsys
-):
-    from hypervl_jax import ask
-
-    def answer(*args):
-        given.append(args[-1])
-        yield "a thing"
-        return ended
-
-    given: list[int | None] = []
-    monkeypatch.setattr(ask, "see", lambda model, pixels, branch, vrc: ask.Seen(plan_of(pixels, model), None))
-    monkeypatch.setattr(ask, "answer", answer)
+def test_ask_says_what_was_cut_off_and_with_which_seed(argv, seeds, ended, tiny_folder, tiny_picture, saying, capsys):
+    given = saying("a thing", ended)
     for _ in range(2):
         cli.main(
             ["ask", str(tiny_picture), "what is this?", "--model", str(tiny_folder), "--max-tokens", "9", *argv.split()]
         )
     said = capsys.readouterr().err.splitlines()
     assert said.count("the answer was cut off by --max-tokens 9") == (0 if ended else 2)
-    assert [line for line in said if "seed" in line] == [f"sampled with --seed {seed}" for seed in given if argv]
-    assert given == seeds if seeds else given[0] != given[1]
+    drawn = [int(line.removeprefix("sampled with --seed ")) for line in said if "seed" in line]
+    assert drawn == seeds if seeds is not None else drawn[0] != drawn[1]
+    assert [new for _, new in given] == [9, 9]
+    assert {(s.temperature > 0, s.top_p < 1) for s, _ in given} == {(bool(argv), "top-p" in argv)}
 
 
 @pytest.mark.parametrize(("ids", "by"), [((5,) * 9, "--max-tokens 9"), ((5,) * 8, "the exported cache of 64 tokens")])
@@ -145,6 +200,8 @@ def test_ask_says_what_cut_off_the_answer_of_exported_files(ids, by, tiny_model,
             return runtime.Answer("a thing", ids, plan_of(pixels, tiny_model), 1.0, False, {})
 
     monkeypatch.setattr(runtime, "Runtime", Files)
+    for name in ("ask", "chat", "generate"):  # what needs JAX, which a host of exported files has not
+        monkeypatch.setitem(sys.modules, f"hypervl_jax.{name}", None)
     monkeypatch.setattr(cli, "_exported", lambda name: name)
     cli.main(["ask", str(tiny_picture), "what is this?", "--runtime", "litert", "--max-tokens", "9"])
     said = capsys.readouterr()
@@ -203,6 +260,10 @@ def test_ask_refuses_a_folder(tmp_path, tiny_folder, fails):
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--temperature", "0.5", "--runtime", "litert"], "greedily"),
+        (["--stop", "a", "--runtime", "litert"], "greedily"),
+        (["--top-k", "-1"], "--top-k -1"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--penalty", "0"], "--penalty 0.0"),
         (["--seed", "-1"], "--seed -1: choose 0 to 4294967295"),
         (["--max-tokens", "0"], "--max-tokens 0: choose 1 to"),
         (["--max-tokens", "1000000"], "choose 1 to"),
@@ -222,6 +283,107 @@ def test_ask_refuses_arguments_that_cannot_be(extra, why, tiny_picture, tmp_path
 
 def test_ask_refuses_an_empty_question(tiny_picture, fails):
     assert "the question is empty" in fails("ask", tiny_picture, " ")
+
+
+def test_ask_needs_a_picture_and_exported_files_take_one(tiny_picture, fails):
+    assert f"{tiny_picture}: one argument only; give a picture and a question" in fails("ask", tiny_picture)
+    said = fails("ask", tiny_picture, "other.png", "what?", "--runtime", "litert")
+    assert "other.png: the exported files answer about one picture" in said
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_reads_questions_from_a_pipe(tiny_folder, tiny_picture, tiny_model, monkeypatch, capsys):
+    """An answer a line on stdout, those of a `Chat` in Python."""
+    from hypervl_jax.chat import Chat
+
+    want, chat = [], Chat(tiny_model, "large", max_tokens=6, system="no")
+    for turn in ((tiny_picture, "what is this?"), ((), "and that?"), (tiny_picture, "and here?")):
+        want.append("".join(chat.ask(*turn)))
+    lines = f"what is this?\n\nand that?\n/image '{tiny_picture}'\nand here?\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    argv = ["chat", str(tiny_picture), "--model", str(tiny_folder), "--branch", "large", "--max-tokens", "6"]
+    cli.main([*argv, "--system", "no"])
+    said = capsys.readouterr()
+    assert said.out == "".join(answer + "\n" for answer in want)
+    assert said.err.count("visual tokens") == 2
+
+
+def test_a_piped_chat_goes_on_after_a_mistake_and_tells_of_it_at_the_end(tiny_folder, monkeypatch, saying, capsys):
+    saying("yes")
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("/image no.png\nwhat?\n/nope\n/help\n" + "word " * 99 + "\nand?\n/quit\nx")
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["chat", "--model", str(tiny_folder), "--max-tokens", "4", "--context", "64"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == "yes\nyes\n"
+    assert "hypervl: no.png: no such file" in said.err
+    assert "hypervl: /nope: no such command; /help lists them" in said.err
+    assert "/image FILE" in said.err
+    assert "hypervl: the prompt needs" in said.err
+
+
+def test_chat_refuses_arguments_that_cannot_be(tiny_folder, tiny_picture, fails):
+    assert "--context 256: choose more than --max-tokens, 256" in fails("chat", "--context", 256)
+    assert "no such file" in fails("chat", "no.png", "--model", tiny_folder)
+    assert "not taught to think" in fails("chat", tiny_picture, "--model", tiny_folder, "--thinking")
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_tells_what_a_picture_costs_before_it_is_encoded(
+    tiny_folder, tiny_picture, tiny_model, monkeypatch, capsys
+):
+    from hypervl_jax import ask, image, plan, text
+
+    monkeypatch.setattr(ask, "_encode", None)
+    cli.main(["tokens", str(tiny_picture), "--model", str(tiny_folder)])
+    said = capsys.readouterr()
+    pixels, cfg = image.load(tiny_picture), tiny_model.config
+    p = plan.make(pixels.shape[:2], ask.ratio_of(tiny_model, pixels), cfg.policy)
+    h, w = pixels.shape[:2]
+    assert p.ratio < 1
+    assert f"{tiny_picture}: {w} x {h} px at ratio {p.ratio:.2f} is {p.resized[1]} x {p.resized[0]} px" in said.out
+    assert f"{text.visual_tokens(p, cfg.text)} tokens, {p.tokens} of them visual; VRC spares" in said.out
+    assert [line.split()[0] for line in said.out.splitlines()[3:]] == ["base", "large", "decoder"]
+
+
+def test_tokens_needs_no_weights(tiny_picture, monkeypatch, capsys):
+    from hypervl_jax import checkpoint
+
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    cli.main(["tokens", str(tiny_picture), str(tiny_picture), "--config", "tiny"])
+    said = capsys.readouterr().out
+    assert said.count(f"{tiny_picture}: ") == said.count("at ratio 1.00") == 2
+
+
+def test_tokens_refuses_arguments_that_cannot_be(tiny_picture, fails):
+    assert "give one or more: hypervl tokens IMAGE..." in fails("tokens")
+    assert "give one of them" in fails("tokens", tiny_picture, "--config", "tiny", "--model", "mine")
+    assert "did you mean 'tiny'" in fails("tokens", tiny_picture, "--config", "tniy")
+
+
+def test_compiled_programs_are_kept_between_calls(tmp_path, monkeypatch):
+    """Under the user's cache folder, unless the environment names another."""
+    import jax
+
+    kept = ("min_compile_time_secs", "min_entry_size_bytes")
+    names = ("jax_compilation_cache_dir", *(f"jax_persistent_cache_{name}" for name in kept))
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli._keep_compiled()  # the tests have a folder of their own
+    assert {name: getattr(jax.config, name) for name in names} == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        cli._keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "hypervl_jax" / "compiled")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

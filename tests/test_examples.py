@@ -9,6 +9,11 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LINES = {
+    "chat.py": (
+        "3 turns, 2 pictures shown, 1 encoded",
+        "from functions: the same answers",
+        "sampled with seed 0: ",
+    ),
     "compose.py": (
         "jit of vmap, all pictures in one program: equal",
         "lax.map, one tile at a time in constant memory: equal",
@@ -16,7 +21,7 @@ LINES = {
         "shard_map over a mesh: equal",
         "jit over a sharded array: equal",
         "step by step and in one program",
-    )
+    ),
 }
 
 

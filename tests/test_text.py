@@ -369,6 +369,99 @@ def test_thinking_block_and_loss_over_several_turns(tokenizer):
     assert asked.ids.tolist() == p.ids[: len(asked.ids)].tolist()  # what is generated from is what was trained on
 
 
+def test_a_model_that_may_think_first_is_not_told_to_answer_at_once(tokenizer):
+    asked = text.render([user("What?")], [], tokenizer, THINK, thinking=True)
+    assert tokenizer.decode(asked.ids) == "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    asked = text.render([user("What?")], [], tokenizer, ROWCOL)  # a model that was taught without blocks
+    assert tokenizer.decode(asked.ids).endswith("<|im_start|>assistant\n")
+
+
+def test_a_text_that_begins_with_a_newline_is_tokenised_with_its_role(tokenizer):
+    """As one piece of text, which is how Qwen's tokenizer meets it; so not after a picture, where questions are told
+    apart by what comes after it."""
+    ids = text.render([user("\nWhat?")], [], tokenizer, ROWCOL).ids.tolist()
+    body = tokenizer.encode("user\n\nWhat?")
+    assert ids[1 : 1 + len(body)] == body != [*tokenizer.encode("user\n"), *tokenizer.encode("\nWhat?")]
+
+
+# Qwen3's chat format as its model card describes it, without tools: a header a message, an empty block for the answer
+# that ends a conversation and where thinking is off.
+CHATML = """
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+TALKS = [
+    ["What?"],
+    ["\n\n  What\n is\tthis? 你好 🙂 naïve\r\n"],
+    ["What is (12, 34)?", "koala", "And 9007?"],
+    ["Is there a koala?", " yes\n", "\nWhere?", "(1, 2)", "Why?  ", "no"],
+]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("instruction", ["", "You are a koala.\n"])
+@pytest.mark.parametrize("said", TALKS, ids=len)
+def test_ids_are_those_of_transformers_chat_template(said, instruction, thinking, tokenizer, tmp_path):
+    """With the trained tokenizer and the format as documented; with Qwen3's own file and the template beside it where
+    HYPERVL_QWEN_TOKENIZER names one."""
+    transformers = pytest.importorskip("transformers", reason="needs the parity extra")
+    talk = [{"role": "system", "content": instruction}] * bool(instruction)
+    talk += [{"role": ("user", "assistant")[n % 2], "content": words} for n, words in enumerate(said)]
+    asks = talk[-1]["role"] == "user"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    pairs = [(tmp_path / "tokenizer.json", CHATML)]
+    if path := os.environ.get("HYPERVL_QWEN_TOKENIZER"):
+        beside = Path(path).with_name("tokenizer_config.json")
+        pairs.append((Path(path), json.loads(beside.read_text())["chat_template"] if beside.is_file() else CHATML))
+    for file, template in pairs:
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=template)
+        options = {"add_generation_prompt": asks, "enable_thinking": thinking, "return_dict": False}
+        want = theirs.apply_chat_template(talk, tokenize=True, **options)
+        got = text.render(talk, [], Tokenizer.load(file), THINK, thinking=thinking)
+        assert got.ids.tolist() == list(want), theirs.apply_chat_template(talk, tokenize=False, **options)
+
+
+# --- conversations that are too long ---------------------------------------------------------------------------------
+
+
+@few
+@given(data=st.data(), length=st.integers(1, 400))
+def test_turns_go_or_stay_whole(tokenizer, data, length):
+    """Whatever the room, no image is cut and no message; what goes is as little as need be, the oldest first."""
+    sizes = data.draw(
+        st.lists(st.lists(st.tuples(st.integers(16, 90), st.integers(16, 90)), max_size=2), min_size=1, max_size=4)
+    )
+    talk: list = [{"role": "system", "content": "no"}] * data.draw(st.booleans())
+    for n, shown in enumerate(sizes):
+        talk += [*[answer("a koala")] * bool(n), user(*[None] * len(shown), f"{n}?")]
+    plans_of = [[plans.make(size, 1.0, POLICY) for size in shown] for shown in sizes]
+    head = talk[:1] if talk[0]["role"] == "system" else []
+
+    def tail(k):
+        """The conversation from turn k on, alone."""
+        at = [n for n, m in enumerate(talk) if m["role"] == "user"][k]
+        shown = [p for some in plans_of[k:] for p in some]
+        return [*head, *talk[at:]], shown, text.render([*head, *talk[at:]], shown, tokenizer, ROWCOL)
+
+    every, needs = [p for some in plans_of for p in some], [len(tail(k)[2].ids) for k in range(len(sizes))]
+    if needs[-1] > length:
+        with pytest.raises(TextError, match=f"the prompt needs {needs[-1]} tokens, .* there is room for {length}"):
+            text.fit(talk, every, tokenizer, ROWCOL, length)
+        return
+    fitted = text.fit(talk, every, tokenizer, ROWCOL, length)
+    messages, shown, row = tail(next(k for k, n in enumerate(needs) if n <= length))
+    assert fitted.messages == messages
+    assert fitted.pictures == len(shown)
+    assert fitted.prompt.ids.tolist() == row.ids.tolist()
+    assert (fitted.prompt.slots >= 0).sum() == sum(p.tokens for p in shown)
+
+
 @few
 @given(question=hostile, said=hostile, instruction=hostile)
 def test_no_conversation_changes_the_special_tokens_of_its_template(tokenizer, question, said, instruction):
@@ -526,3 +619,52 @@ def test_streaming_any_ids_equals_decoding_them(tokenizer, ids):
     ids = [i for i in ids if i not in ends]
     stream = Stream(tokenizer)
     assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
+@settings(deadline=None)
+@given(said=st.text("abc🙂"), stops=st.lists(st.text("abc🙂", min_size=1, max_size=4), max_size=3))
+def test_an_answer_ends_before_the_stop_string_that_is_complete_first(tokenizer, said, stops):
+    """However the text came in pieces; nothing that is shown is taken back."""
+    stream, ids = Stream(tokenizer, stops), tokenizer.encode(said)
+    shown = "".join(stream.push(i) for i in ids)
+    ends = [(said.index(stop) + len(stop), said.index(stop)) for stop in stops if stop in said]
+    assert stream.done == bool(ends)
+    assert stream.push(tokenizer.special("<|im_end|>")) == ""
+    assert shown + stream.finish() == (said[: min(ends)[1]] if ends else said)
+
+
+def test_what_may_become_a_stop_string_is_held_back(tokenizer):
+    stream = Stream(tokenizer, ["cab", "\n\n"])
+    assert [stream.push(tokenizer.encode(c)[0]) for c in "xcaca"] == ["x", "", "", "ca", ""]
+    assert stream.finish() == "ca"
+    with pytest.raises(TextError, match="a stop string is empty"):
+        Stream(tokenizer, [""])
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("37 52", [(37, 52)]),
+        (" 0, 99\n", [(0, 99)]),
+        ("1 2 30 40", [(1, 2, 30, 40)]),
+        ("the anchor is at (37, 52).", [(37, 52)]),
+        ("[[1, 2, 30, 40], [5,6,7,8]]", [(1, 2, 30, 40), (5, 6, 7, 8)]),
+        ("100 52", []),  # off the grid
+        ("3752", []),
+        ("1 2 3", []),
+        ("in 1999, 12 men", []),
+        ("(37)", []),
+        ("9" * 400 + " 1", []),
+        ("", []),
+    ],
+)
+def test_points_and_boxes_in_an_answer(said, found):
+    assert text.coordinates(said, 100) == found
+
+
+def test_places_are_in_pixels_of_the_original():
+    """Whatever the ratio the model saw it at."""
+    p = plans.make((60, 40), 0.3, POLICY)
+    assert text.places("0 99", p, 100) == ["point x 0, y 60 of 40 x 60 pixels"]
+    assert text.places("look: [0, 0, 99, 49]", p, 100) == ["box x 0 to 40, y 0 to 30 of 40 x 60 pixels"]
+    assert text.places("no", p, 100) == []

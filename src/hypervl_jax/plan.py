@@ -107,6 +107,11 @@ class VisionPlan:
         every = range(self.policy.cells_per_side)
         return every, every
 
+    def summary(self) -> str:
+        """How the picture is seen, for people."""
+        tiles, (h, w) = "1 tile" if self.n_tiles == 1 else f"{self.n_tiles} tiles", self.size
+        return f"{w} x {h} px at ratio {self.ratio:.2f}, {tiles}, {self.tokens} visual tokens"
+
     def vit_flops(self, vit: VitConfig) -> int:
         """FLOPs (two a multiply-add) to encode N tiles: whole tiles, padding and thumbnail included, no projector."""
         p, d = vit.patches, vit.width

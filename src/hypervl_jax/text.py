@@ -15,6 +15,7 @@ newline after each row of tiles, at last `<global-img>` and the thumbnail's toke
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsInt
 
@@ -38,6 +39,8 @@ from hypervl_jax.tokens import (
 )
 
 ROLES = ("system", "user", "assistant")
+_PAIR = "[0-9]{1,9}[ ,]{1,3}[0-9]{1,9}"
+_NUMBERS = f"{_PAIR}(?:[ ,]{{1,3}}{_PAIR})?"  # two or four whole numbers
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -91,9 +94,9 @@ class _Writer:
         self.special(VISION_END)
         self.text("\n")
 
-    def open(self, role: str) -> None:
+    def open(self, role: str, text: str = "") -> None:
         self.special(IM_START)
-        self.text(role + "\n")
+        self.text(role + "\n" + text)
 
     def think(self) -> None:
         """Qwen3's empty thinking block, which says: answer at once."""
@@ -128,14 +131,16 @@ def render(
     tokenizer: Tokenizer,
     cfg: TextConfig,
     add_generation_prompt: bool = True,
+    thinking: bool = False,
 ) -> Prompt:
     """A conversation as one causal row: all in segment 0, positions 0 .. L-1.
 
     A message is `{"role": "system" | "user" | "assistant", "content": text or parts}`, a part `{"type": "image"}` (user
     only) or `{"type": "text", "text": ...}`. `plans` has one plan for each image, in order; the slots of an image start
     after the tiles of those before it. As in Qwen3's template, the thinking block is written for the answer that ends
-    the row, not for answers before the last question. The generation prompt is added unless an answer ends the row.
-    Raises `TextError` for what does not fit this description.
+    the row, not for answers before the last question. The generation prompt is added unless an answer ends the row;
+    `thinking` leaves the block out of it, so that the model may think first. Raises `TextError` for what does not fit
+    this description.
     """
     w = _Writer(tokenizer, cfg)
     if len({plan.policy.tokens_per_tile for plan in plans}) > 1:
@@ -146,8 +151,11 @@ def render(
     role = ""
     for n, message in enumerate(messages):
         role, parts = _parts(message, n)
-        w.open(role)
         answer = role == "assistant"
+        if not answer and parts and parts[0] is not None:
+            w.open(role, parts.pop(0) or "")  # in one piece, as Qwen's tokenizer meets it: it may begin with a newline
+        else:
+            w.open(role)
         if answer and n == len(messages) - 1:
             w.think()
         for part in parts:
@@ -165,8 +173,48 @@ def render(
         raise TextError(f"the messages show {used} pictures, {len(plans)} were given")
     if add_generation_prompt and role != "assistant":
         w.open("assistant")
-        w.think()
+        if not thinking:
+            w.think()
     return _prompt(w, np.arange(len(w.ids)), np.zeros(len(w.ids)))
+
+
+class Fitted(NamedTuple):
+    """What a model is shown of a conversation."""
+
+    messages: list[Mapping[str, Any]]
+    pictures: int  # how many pictures these messages show: the last of the conversation's
+    prompt: Prompt
+
+
+def fit(
+    messages: Sequence[Mapping[str, Any]],
+    plans: Sequence[VisionPlan],
+    tokenizer: Tokenizer,
+    cfg: TextConfig,
+    length: int,
+    thinking: bool = False,
+) -> Fitted:
+    """The latest turns of a conversation whose row (`render`) has at most `length` tokens, after its system message.
+
+    A turn, which begins with a user message, goes or stays whole and its pictures with it: nothing is ever cut inside a
+    message or an image. Raises `TextError` with the length that the last turn needs if it is longer alone.
+    """
+    prompt = render(messages, plans, tokenizer, cfg, thinking=thinking)
+    turns = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    kept, pictures = list(messages), len(plans)
+    for start in turns[1:]:
+        if len(prompt.ids) <= length:
+            break
+        kept = [*messages[: turns[0]], *messages[start:]]
+        pictures = sum(part is None for n, message in enumerate(kept) for part in _parts(message, n)[1])
+        prompt = render(kept, plans[len(plans) - pictures :], tokenizer, cfg, thinking=thinking)
+    if len(prompt.ids) > length:
+        visual = int((prompt.slots >= 0).sum())
+        raise TextError(
+            f"the prompt needs {len(prompt.ids)} tokens, {visual} of them visual; there is room for {length}: ask a "
+            "shorter question, show fewer or smaller pictures, or allow a longer context"
+        )
+    return Fitted(kept, pictures, prompt)
 
 
 def _parts(message: Any, n: int) -> tuple[str, list[str | None]]:
@@ -247,19 +295,63 @@ def strip_answer(tokenizer: Tokenizer, ids: Iterable[SupportsInt]) -> str:
 
 
 class Stream:
-    """Text as it is generated: `push` ids one by one, get only whole characters; `done` after the answer's end."""
+    """Text as it is generated: `push` ids one by one, get only whole characters; `done` after the answer's end.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._stops = {tokenizer.special(IM_END), tokenizer.special(PAD)}
+    The answer also ends where one of `stops` is complete, which is left out of it; what may become one is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        if not all(stops):
+            raise TextError("a stop string is empty; leave it out, the answer then ends where the model ends it")
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._ends = {tokenizer.special(IM_END), tokenizer.special(PAD)}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self._stopped = False
         self.done = False
 
     def push(self, id: SupportsInt) -> str:
         """The characters that `id` completes, often none; nothing once the answer has ended."""
-        self.done = self.done or int(id) in self._stops
-        return "" if self.done else self._decoder.decode(self._tokenizer.token(id))
+        self.done = self.done or int(id) in self._ends
+        return "" if self.done else self._release(self._decoder.decode(self._tokenizer.token(id)))
 
     def finish(self) -> str:
-        """What is left of an unfinished character, as U+FFFD; usually nothing."""
-        return self._decoder.decode(b"", final=True)
+        """What was held back, and what is left of an unfinished character, as U+FFFD; usually nothing."""
+        if self._stopped:
+            return ""
+        rest = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return rest
+
+    def _release(self, more: str) -> str:
+        """What can no longer be the beginning of a stop string, up to the first one that is complete."""
+        text = self._held + more
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.done = self._stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        starts = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        kept = len(text) - max(starts, default=0)
+        self._held = text[kept:]
+        return text[:kept]
+
+
+def coordinates(answer: str, coords: int) -> list[tuple[int, ...]]:
+    """Points (x, y) and boxes (x0, y0, x1, y1) that an answer names, 0 .. coords - 1 as in `VisionPlan.to_pixels`: the
+    whole of it ("37 52"), or in brackets anywhere ("the anchor is at (37, 52)")."""
+    whole = re.fullmatch(_NUMBERS, answer.strip())
+    groups = [whole[0]] if whole else re.findall(rf"[(\[]\s*({_NUMBERS})\s*[)\]]", answer)
+    found = [tuple(int(n) for n in re.findall("[0-9]+", group)) for group in groups]
+    return [numbers for numbers in found if max(numbers) < coords]
+
+
+def places(answer: str, plan: VisionPlan, coords: int) -> list[str]:
+    """The same in pixels of the original picture, a line each."""
+    h, w = plan.size
+    out = []
+    for numbers in coordinates(answer, coords):
+        x, y, *end = plan.to_pixels(numbers, coords)
+        named = f"box x {x:.0f} to {end[0]:.0f}, y {y:.0f} to {end[1]:.0f}" if end else f"point x {x:.0f}, y {y:.0f}"
+        out.append(f"{named} of {w} x {h} pixels")
+    return out

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hypervl_jax import compress, generate, image, plan, text, tokens
-from hypervl_jax.export import manifest, runtime, verify
+from hypervl_jax.export import manifest, verify
 from hypervl_jax.export.manifest import ManifestError
 from hypervl_jax.export.runtime import AnswerError, Runtime
 from hypervl_jax.model import hypervl
@@ -156,20 +156,6 @@ def test_prefill_in_any_chunks_is_the_same(exported):
         assert found.keys() == want.keys()
         for name, cache in found.items():
             np.testing.assert_allclose(cache[:, :, :n], want[name][:, :, :n], atol=2e-5)
-
-
-@pytest.mark.parametrize(("n", "room"), [(0, 20), (1, 20), (4, 20), (5, 20), (9, 20), (19, 20), (20, 20), (17, 17)])
-def test_chunks_cover_every_position_once(n, room):
-    end = 0
-    for start, length in runtime.chunks(n, [8, 4], room):
-        assert start == end
-        assert length in (8, 4, 1)
-        end = start + length
-        assert end <= room
-    assert n <= end < n + 8
-    assert list(runtime.chunks(5, [4, 8], 20)) == [(0, 8)]
-    assert list(runtime.chunks(10, [4, 8], 20)) == [(0, 8), (8, 4)]
-    assert list(runtime.chunks(10, [4, 8], 11)) == [(0, 8), (8, 1), (9, 1)]
 
 
 def test_what_does_not_fit_is_refused(exported, files, tiny_screens):

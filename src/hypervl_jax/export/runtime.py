@@ -9,7 +9,7 @@ Axes: H W picture, N tiles, P patches, M tokens a tile, L prompt, S cache length
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from hypervl_jax import image, plan, ratio, text, tokens
 from hypervl_jax.config import BRANCHES, Branch
 from hypervl_jax.export import lower, manifest
 from hypervl_jax.export.manifest import Manifest, ManifestError
+from hypervl_jax.lengths import chunks
 from hypervl_jax.plan import VisionPlan
 
 HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)  # in attention masks, as LiteRT-LM writes it; 0 is visible
@@ -244,17 +245,3 @@ def _check(m: Manifest) -> tuple[list[int], dict[str, tuple[int, ...]]]:
             if (given := found.get(key, {}).get(name)) != shape:
                 raise ManifestError(f"{' '.join(key)}: {name} is {given}, its model needs {shape}")
     return sorted(map(int, lengths)), caches
-
-
-def chunks(n: int, buckets: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of the runs that cover n positions: the smallest bucket that holds the rest, else the largest.
-
-    A run never ends beyond `room`, the cache (a write there would be moved back over earlier positions); where no
-    bucket fits any more, positions come one by one.
-    """
-    start = 0
-    while start < n:
-        fitting = [b for b in sorted(buckets) if start + b <= room] or [1]
-        length = next((b for b in fitting if b >= n - start), fitting[-1])
-        yield start, length
-        start += length
