@@ -15,7 +15,7 @@ QUESTION, THEN = "what is the number?", "what is at the top left?"
 PICTURE = Path(__file__).parent / "screen.png"
 
 
-def main(name: str = "quickstart", picture: str | Path = PICTURE) -> None:
+def main(name: str = "nano", picture: str | Path = PICTURE) -> None:
     model = load_model(name)
 
     # --- a conversation ----------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Program(NamedTuple):
 class Chat:
     """A conversation with a model.
 
-        chat = Chat(load_model("quickstart"))
+        chat = Chat(load_model("nano"))
         for piece in chat.ask("screen.png", "what is this?"):
             print(piece, end="", flush=True)
 

@@ -19,7 +19,7 @@ from hypervl_jax import __version__
 from hypervl_jax.config import BRANCHES, SEEDS, SIDE, Branch, Config, ConfigError
 from hypervl_jax.presets import PRESETS, preset
 
-DEFAULT = "quickstart"  # weights that ship
+DEFAULT = "nano"  # weights that ship
 EXTRAS = {  # what an extra brings -> the extra
     "tensorflow_datasets": "train",
     "grain": "train",
