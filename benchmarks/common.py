@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hypervl_jax.bench import told
 from hypervl_jax.cli import DEFAULT
 
 HERE = Path(__file__).parent
@@ -74,7 +75,7 @@ def finish(
         "bars": [_finite({**bar._asdict(), "ok": bar.ok}) for bar in bars],
         "quick": args.quick,
         "seeds": list(seeds),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": told(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
         "commit": commit(),
         "versions": versions(),

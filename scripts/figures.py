@@ -77,11 +77,11 @@ def quickstart(r: Result) -> list[str]:
 def vrc(r: Result) -> list[str]:
     m = r["metrics"]
     saved, held, edge = m["tokens_saved"], m["retained"], m["above_constant"]
-    gap, low, high = (f"{100 * edge[k]:.1f}" for k in ("mean", "low", "high"))
+    gap, low, high = (f"{100 * edge[k]:+.1f}" for k in ("mean", "low", "high"))
     return prose(
         f"**VRC** saves {percent(saved['mean'])} % of the visual tokens and keeps {percent(held['mean'])} %",
         f"({percent(held['low'])}-{percent(held['high'])}) of the accuracy;",
-        f"the best constant ratio of equal cost keeps {gap} points less ({low}-{high}).",
+        f"against the best constant ratio of equal cost that is {gap} points ({low} to {high}).",
         "Its ratio follows what must stay legible with rank correlation",
         f"{m['rank_correlation']['all']:.2f} ({where(r)}).",
     )

@@ -40,3 +40,9 @@ def test_temporaries_count_what_is_allocated_and_nothing_else():
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     assert bench.temporary_bytes(lambda a: a + 1, x) < 1000
     assert bench.temporary_bytes(lambda a: jnp.sort(a @ a, axis=0) @ a, x) == pytest.approx(256 * 256 * 4, rel=1.1)
+
+
+def test_a_command_does_not_tell_where_things_are():
+    assert bench.told(["hypervl", "quickstart", "--out", "/home/me", "--steps", "9"]) == "hypervl quickstart --steps 9"
+    assert bench.told(["hypervl", "train", "nano", "--data=/home/me", "--out=x"]) == "hypervl train nano"
+    assert bench.told(["hypervl", "ask", "a b.png", "--data"]) == "hypervl ask 'a b.png'"

@@ -100,15 +100,6 @@ def test_what_made_a_summary():
     assert found["command"]
 
 
-def test_a_command_does_not_tell_where_results_went():
-    assert quickstart._without_out(["quickstart", "--out", "/home/me", "--steps", "9"]) == [
-        "quickstart",
-        "--steps",
-        "9",
-    ]
-    assert quickstart._without_out(["train", "nano", "--out=/home/me"]) == ["train", "nano"]
-
-
 @pytest.fixture
 def cheap(monkeypatch):
     """The recipe without its arithmetic: steps, losses and VRC are stand-ins, everything on disk is real."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +109,15 @@ def machine() -> dict[str, Any]:
     versions = {"hypervl_jax": __version__, "jax": jax.__version__, "python": platform.python_version()}
     system = f"{platform.system()} {platform.machine()}"
     return {"device": device.device_kind, "cores": cores, "system": system, **versions}
+
+
+def told(argv: Sequence[str]) -> str:
+    """A command line without --out, --data and the places they name: results are shown to others."""
+    places = ("--out", "--data")
+    behind = [False, *(a in places for a in argv)]
+    return shlex.join(
+        a for a, place in zip(argv, behind, strict=False) if not place and a.split("=", 1)[0] not in places
+    )
 
 
 def peak_rss_gb() -> float:

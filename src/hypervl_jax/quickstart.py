@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -186,13 +185,7 @@ def _origin() -> dict[str, Any]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
             found |= {"commit": git.stdout.strip()} if git.returncode == 0 else {}
-    return {**found, "command": shlex.join(["hypervl", *_without_out(sys.argv[1:])])}
-
-
-def _without_out(argv: list[str]) -> list[str]:
-    """A command line without where its results went: a summary is shown to others."""
-    at = next((i for i, a in enumerate(argv) if a == "--out"), len(argv))
-    return [a for i, a in enumerate(argv) if i not in (at, at + 1) and not a.startswith("--out=")]
+    return {**found, "command": bench.told(["hypervl", *sys.argv[1:]])}
 
 
 def _write(path: Path, values: Any) -> None:
