@@ -272,7 +272,7 @@ def test_ask_refuses_a_folder(tmp_path, tiny_folder, fails):
         (["--model", "/no/such/folder", "--runtime", "litert"], "hypervl export MODEL --out FOLDER"),
         (
             ["--runtime", "litert"],
-            "quickstart: no exported files; write them: hypervl export quickstart --out phone, then",
+            f"{cli.DEFAULT}: no exported files; write them: hypervl export {cli.DEFAULT} --out phone, then",
         ),
     ],
 )
