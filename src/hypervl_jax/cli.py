@@ -33,6 +33,8 @@ class UsageError(ValueError):
 
 
 Stops = Annotated[tuple[str, ...], arg(metavar="TEXT"), UseAppendAction]
+Weights = Literal["f32", "bf16", "int8", "int4"]
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 Pictures = Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
 
 
@@ -43,6 +45,7 @@ def ask(
     model: Annotated[str, arg(metavar="MODEL")] = DEFAULT,
     branch: Branch = "base",
     vrc: bool = True,
+    weights: Weights = "f32",
     runtime: Literal["jax", "litert"] = "jax",
     temperature: float = 0.0,
     top_k: int = 0,
@@ -71,6 +74,7 @@ def ask(
         model: a model folder, or the name of weights that ship; with --runtime litert a folder written by `export`.
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink the picture as far as it can bear.
+        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: an eighth).
         runtime: jax, or litert: the exported .tflite files alone.
         temperature: 0 is greedy: the same answer every time. Above 0 the answer is sampled.
         top_k: sample from this many likeliest tokens only; 0: from all.
@@ -94,6 +98,8 @@ def ask(
             "--temperature, --top-k, --top-p, --penalty, --stop and --explain-compile are for --runtime jax: the "
             "exported files answer greedily"
         )
+    if runtime == "litert" and weights != "f32":
+        raise UsageError("--weights is for --runtime jax: exported files have the weights they were written with")
     if runtime == "litert" and len(images) > 1:
         raise UsageError(f"{images[1]}: the exported files answer about one picture at a time; use --runtime jax")
     settings = _settings(temperature, top_k, top_p, penalty, seed, max_tokens) if runtime == "jax" else {}
@@ -102,7 +108,7 @@ def ask(
         from hypervl_jax import console
         from hypervl_jax.chat import Chat
 
-        console.answer(Chat(_load(model), branch, vrc, stops=stop, **settings), pixels, question, explain_compile)
+        console.answer(Chat(_load(model, DTYPES[weights]), branch, vrc, stops=stop, **settings), pixels, question, explain_compile)
         return
     from hypervl_jax import text
     from hypervl_jax.export.runtime import Runtime
@@ -127,6 +133,7 @@ def chat(
     model: Annotated[str, arg(metavar="MODEL")] = DEFAULT,
     branch: Branch = "base",
     vrc: bool = True,
+    weights: Weights = "f32",
     system: str = "",
     temperature: float = 0.0,
     top_k: int = 0,
@@ -154,6 +161,7 @@ def chat(
         model: a model folder, or the name of weights that ship.
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink pictures as far as they can bear.
+        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: an eighth).
         system: an instruction that stands before the conversation.
         temperature: 0 is greedy: the same answer every time. Above 0 the answer is sampled.
         top_k: sample from this many likeliest tokens only; 0: from all.
@@ -172,7 +180,7 @@ def chat(
     if context is not None and context <= max_tokens:
         raise UsageError(f"--context {context}: choose more than --max-tokens, {max_tokens}")
     pixels = [image.load(path) for path in images]
-    loaded = _load(model)
+    loaded = _load(model, DTYPES[weights])
     from hypervl_jax.chat import CONTEXT, Chat
 
     def begin() -> Chat:

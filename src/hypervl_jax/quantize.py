@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from hypervl_jax.tensors import flatten, unflatten
 
 Bits = Literal[8, 4]
+BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 GROUP = 32  # inputs that share a scale in 4 bits
 
 
@@ -57,10 +58,11 @@ def halves(q: Array) -> tuple[Array, Array]:
 
 def dequantize(w: Quantized, dtype: Any = jnp.float32) -> Float[Array, "*S O I"]:
     """The matrix that a `Quantized` stands for."""
+    q, scale = jnp.asarray(w.q), jnp.asarray(w.scale, jnp.float32)
     if w.bits == 8:
-        return (w.q.astype(jnp.float32) * w.scale).astype(dtype)
-    groups = jnp.concatenate(halves(w.q), -1) * w.scale[..., None].astype(jnp.float32)
-    return groups.reshape(*w.q.shape[:-1], -1).astype(dtype)
+        return (q.astype(jnp.float32) * scale).astype(dtype)
+    groups = jnp.concatenate(halves(q), -1) * scale[..., None]
+    return groups.reshape(*q.shape[:-1], -1).astype(dtype)
 
 
 def bits_of(path: str, inputs: int, bits: Bits) -> Bits | None:
