@@ -22,6 +22,13 @@ def matrix(seed=0, shape=(O, I)):
     return (rng.normal(size=shape) * np.exp(rng.normal(size=(*shape[:-1], 1)))).astype(np.float32)
 
 
+def close(got, want, tolerance):
+    """Fails unless max |a - b| <= tolerance x max |b|."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
 def values(w: Quantized) -> np.ndarray:
     """What it stands for in float64, number by number, from the definition."""
     q, scale = np.asarray(w.q), np.asarray(w.scale, np.float64)
@@ -60,7 +67,7 @@ def test_nothing_but_zeros(bits):
 @pytest.mark.parametrize("rows", (1, 2, 33))
 @pytest.mark.parametrize("kind", ("int8", "int4", "bf16", "f16"))
 @pytest.mark.parametrize("block", (None, 128 * I))  # bytes: a block is the whole matrix, or 32 rows and the last 12
-def test_products_against_float64(kind, rows, block, monkeypatch, close):
+def test_products_against_float64(kind, rows, block, monkeypatch):
     if block:
         monkeypatch.setattr(layers, "_BLOCK", block)
         monkeypatch.setattr(layers, "_BLOCK_4", block)
@@ -85,14 +92,14 @@ def test_rows_that_are_no_numbers_stay_so():
     assert not np.asarray(layers.matmul(jnp.zeros((1, I)), weight)).any()
 
 
-def test_bf16_products_are_as_good_as_their_result(close):
+def test_bf16_products_are_as_good_as_their_result():
     x, w = (jnp.asarray(a, jnp.bfloat16) for a in (matrix(1, (1, I)), matrix()))
     got = layers.matmul(x, w)
     assert got.dtype == jnp.bfloat16
     close(got, np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 2**-8)
 
 
-def test_gradients_reach_the_input_of_a_bf16_layer(monkeypatch, close):
+def test_gradients_reach_the_input_of_a_bf16_layer(monkeypatch):
     monkeypatch.setattr(layers, "_BLOCK", 128 * I)
     w, x = jnp.asarray(matrix(), jnp.bfloat16), jnp.asarray(matrix(1, (5, I)))
     got = jax.grad(lambda x: (layers.matmul(x, w) ** 2).sum())(x)
@@ -129,7 +136,7 @@ def test_quantised_weights_are_neither_saved_nor_read_onto_several_devices(tiny_
 
 
 @pytest.mark.parametrize("kind", ("int8", "int4", "bfloat16"))
-def test_a_model_of_narrow_weights_is_the_model_of_what_they_stand_for(kind, tiny_model, close):
+def test_a_model_of_narrow_weights_is_the_model_of_what_they_stand_for(kind, tiny_model):
     """Logits of a prompt and of a step behind it, against the same model with the weights written out as f32."""
     cfg, params = tiny_model.config, tiny_model.params
     if kind == "bfloat16":
@@ -156,7 +163,7 @@ def test_a_model_of_narrow_weights_is_the_model_of_what_they_stand_for(kind, tin
         close(got, want, 0.05 if kind == "bfloat16" else 1e-5)
 
 
-def test_the_encoder_takes_them_too(tiny_model, tiny_source, close):
+def test_the_encoder_takes_them_too(tiny_model, tiny_source):
     narrow = tiny_model._replace(params=quantize.quantize(tiny_model.params, 8))
     features = [ask.see(model, tiny_source[0].image, vrc=False).features for model in (narrow, tiny_model)]
     close(*features, 0.05)
