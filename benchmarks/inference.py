@@ -1,15 +1,16 @@
-"""How fast a picture is encoded and an answer is made: this library and transformers in torch, in one run, on the same weights.
+"""How fast a picture is encoded and an answer made: this library and transformers in torch, in one run, same weights.
 
   encode    one tile through either branch, to patch features
   prefill   512 and 2,048 tokens in one program
   decode    tokens one after another behind 512; weights in f32 and bf16, and here in 8 and 4 bits
   picture   time to the first token about a square picture of 256 to 2,048 pixels: tiles through Base, then the prompt
 
-Both run on the same cores and in the same dtype, one call of each after the other in every round; a figure is the median
-over the rounds, of ratios as of times. That both compute the same is checked first. On a CPU models keep a sixth of
-their layers (SigLIP Base and Large at 512 px) or a seventh of them and of the vocabulary (Qwen3-0.6B). `--gpu` takes the whole of
-`configs/hypervl_1p7b.py` in bf16, and a training step of it, and compares with what a plain copy and a plain product
-reach on the same device. `--quick` takes tiny models. Accuracy: how many answers of nano stay the same in narrow weights.
+Both run on the same cores and in the same dtype, one call of each after the other in every round; a figure is the
+median over the rounds, of ratios as of times. That both compute the same is checked first. On a CPU models keep a sixth
+of their layers (SigLIP Base and Large at 512 px) or a seventh of them and of the vocabulary (Qwen3-0.6B). `--gpu` takes
+the whole of `configs/hypervl_1p7b.py` in bf16, and a training step of it, and compares with what a plain copy and a
+plain product reach on the same device. `--quick` takes tiny models. Accuracy: how many answers of nano stay the same in
+narrow weights.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def sizes(args: Namespace) -> Sizes:
 
 
 def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, dict[str, float]]:
-    """Each call once a round, one after the other: {name: {"seconds", "cpu_seconds", medians; "over_first", the median of
-    its ratios to the first call of the same round}}. One round before is not counted."""
+    """Each call once a round, one after the other: {name: {"seconds", "cpu_seconds", and "over_first",
+    "cpu_over_first", its ratio to the first call of the same round}}, medians. One round before is not counted."""
     import numpy as np
 
     wall, cpu = np.zeros((n + 1, len(calls))), np.zeros((n + 1, len(calls)))
@@ -80,10 +81,11 @@ def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, dict[str
     }
 
 
-def table(what: str, found: dict[str, dict[str, float]], unit: str = "ms", per: int = 1) -> None:
+def table(what: str, found: dict[str, dict[str, float]], per: int = 1) -> None:
     for name, row in found.items():
-        print(f"{what:16s} {name:16s} {1e3 * row['seconds'] / per:10.2f} {unit:8s} x {row['over_first']:5.2f}   "
-              f"CPU time {1e3 * row['cpu_seconds'] / per:10.2f} ms  x {row['cpu_over_first']:5.2f}", flush=True)  # fmt: skip
+        wall, cpu = (1e3 * row[key] / per for key in ("seconds", "cpu_seconds"))
+        print(f"{what:16s} {name:16s} {wall:10.2f} ms x {row['over_first']:5.2f}   "
+              f"CPU time {cpu:10.2f} ms x {row['cpu_over_first']:5.2f}", flush=True)  # fmt: skip
 
 
 def close(what: str, ours: Any, theirs: Any, tolerance: float) -> float:
@@ -180,7 +182,9 @@ class Decoder:
         state = jax.eval_shape(lambda: self.empty(first))
         self.step = jax.jit(step, donate_argnums=1).lower(self.params, state).compile()
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        self.temporary = {"decode": temporary(self.step)} | {f"prefill_{n}": temporary(f) for n, f in self.fills.items()}
+        self.temporary = {"decode": temporary(self.step)} | {
+            f"prefill_{n}": temporary(f) for n, f in self.fills.items()
+        }
 
     def prefill(self, ids: Any) -> Any:
         import jax
@@ -229,8 +233,8 @@ def decoder(size: Sizes, params: dict, peers: Any, device: str, gpu: bool) -> di
 
 
 def first_token(size: Sizes, params: dict, peers: Any, device: str) -> list[dict[str, Any]]:
-    """Seconds from a picture in memory to the first token about it, both sides on the same plan: tiles one after another
-    through Base, then a prompt of as many tokens and 32 of text. A third as many rounds."""
+    """Seconds from a picture in memory to the first token about it, both sides on the same plan: tiles one after
+    another through Base, then a prompt of as many tokens and 32 of text. A third as many rounds."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -302,11 +306,14 @@ def agreement(screens: int) -> dict[str, dict[str, int]]:
     for kind in kinds[1:]:
         same = sum(a == b for a, b in zip(said[kind], said["float32"], strict=True))
         out[kind] = {"same": same, "questions": len(said["float32"])}
-        print(f"nano, {screens} screens: {same} of {out[kind]['questions']} answers of {kind} are those of f32", flush=True)
+        print(
+            f"nano, {screens} screens: {same} of {out[kind]['questions']} answers of {kind} are those of f32",
+            flush=True,
+        )
     return out
 
 
-# --- limits and training, for an accelerator ---------------------------------------------------------------------------
+# --- limits and training, for an accelerator -------------------------------------------------------------------------
 
 
 def limits(small: bool) -> dict[str, float]:
@@ -317,7 +324,9 @@ def limits(small: bool) -> dict[str, float]:
     side, n = (256, 1 << 20) if small else (8192, 1 << 30)
     a, big = jnp.ones((side, side), jnp.bfloat16), jnp.ones(n, jnp.uint8)
     product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda b: b + jnp.uint8(1))
-    found = rounds({"product": lambda: product(a).block_until_ready(), "copy": lambda: copy(big).block_until_ready()}, 5)
+    found = rounds(
+        {"product": lambda: product(a).block_until_ready(), "copy": lambda: copy(big).block_until_ready()}, 5
+    )
     return {"flops": 2 * side**3 / found["product"]["seconds"], "bytes": 2 * n / found["copy"]["seconds"]}
 
 
@@ -337,7 +346,9 @@ def shares(size: Sizes, metrics: dict[str, Any]) -> dict[str, float]:
         seconds = metrics["decoder"][f"prefill_{n}"][f"jax {size.dtype}"]["seconds"]
         out[f"prefill {n}"] = cost.llm_flops(cfg.llm, n) / seconds / top["flops"]
     for name, share in out.items():
-        print(f"{name:24s} {share:6.1%} of what a plain {'copy' if 'decode' in name else 'product'} reaches", flush=True)
+        print(
+            f"{name:24s} {share:6.1%} of what a plain {'copy' if 'decode' in name else 'product'} reaches", flush=True
+        )
     return out
 
 

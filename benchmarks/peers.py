@@ -1,4 +1,4 @@
-"""What `inference.py` measures against: transformers' SigLIP and Qwen3 in torch, of the same sizes and the very same weights.
+"""What `inference.py` measures against: transformers' SigLIP and Qwen3 in torch, same sizes, the very same weights.
 
 Imported only where torch is installed.
 """

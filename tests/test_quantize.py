@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: the integers against the definition, products against float64, what a model of them says."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from hypervl_jax import ask, checkpoint, generate, presets, quantize
+from hypervl_jax.chat import Chat
 from hypervl_jax.checkpoint import CheckpointError
 from hypervl_jax.config import LlmConfig
 from hypervl_jax.model import layers, llm
@@ -39,7 +41,7 @@ def values(w: Quantized) -> np.ndarray:
     return (whole * scale[..., None]).reshape(*q.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("bits", [8, 4])
 def test_every_weight_is_within_half_a_step(bits):
     w = matrix(shape=(2, O, I))
     kept = quantize_matrix(w, bits)
@@ -50,7 +52,7 @@ def test_every_weight_is_within_half_a_step(bits):
     assert kept.q.nbytes == w.size * bits // 8
 
 
-@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("bits", [8, 4])
 def test_what_was_quantised_comes_back(bits):
     """The same integers again, as the exported files must have them."""
     once = quantize_matrix(matrix(), bits)
@@ -59,14 +61,14 @@ def test_what_was_quantised_comes_back(bits):
     np.testing.assert_allclose(np.float32(again.scale), np.float32(once.scale), rtol=1e-3 if bits == 4 else 1e-6)
 
 
-@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("bits", [8, 4])
 def test_nothing_but_zeros(bits):
     assert not np.asarray(dequantize(quantize_matrix(np.zeros((3, 64), np.float32), bits))).any()
 
 
-@pytest.mark.parametrize("rows", (1, 2, 33))
-@pytest.mark.parametrize("kind", ("int8", "int4", "bf16", "f16"))
-@pytest.mark.parametrize("block", (None, 128 * I))  # bytes: a block is the whole matrix, or 32 rows and the last 12
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("kind", ["int8", "int4", "bf16", "f16"])
+@pytest.mark.parametrize("block", [None, 128 * I])  # bytes: a block is the whole matrix, or 32 rows and the last 12
 def test_products_against_float64(kind, rows, block, monkeypatch):
     if block:
         monkeypatch.setattr(layers, "_BLOCK", block)
@@ -118,7 +120,7 @@ def test_which_matrices_are_kept_how(tiny_model):
     assert not quantize.is_quantized(params["vrc"])
 
 
-@pytest.mark.parametrize("kind", ("int8", "int4"))
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_models_are_quantised_as_they_are_read(kind, tiny_folder, tiny_model):
     read = checkpoint.load_model(tiny_folder, kind).params
     want = quantize.quantize(tiny_model.params, quantize.BITS[kind])
@@ -135,7 +137,7 @@ def test_quantised_weights_are_neither_saved_nor_read_onto_several_devices(tiny_
         checkpoint.load_model(tiny_folder, "int8", {})
 
 
-@pytest.mark.parametrize("kind", ("int8", "int4", "bfloat16"))
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
 def test_a_model_of_narrow_weights_is_the_model_of_what_they_stand_for(kind, tiny_model):
     """Logits of a prompt and of a step behind it, against the same model with the weights written out as f32."""
     cfg, params = tiny_model.config, tiny_model.params
@@ -178,14 +180,14 @@ def test_layers_that_came_apart_are_looped(tiny_model):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ("int8", "int4", "bfloat16"))
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
 def test_a_step_makes_floats_of_no_whole_matrix(kind):
     """By the compiler's account: what a decoding step needs beside its arguments is less than any projection in f32."""
     c = LlmConfig(vocab=2048, width=1024, depth=2, heads=8, kv_heads=1, head_dim=32, mlp=4096)
     cfg = dataclasses.replace(presets.preset("tiny").model, llm=c)
     one = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(lambda key: llm.Llm(c).init(key, jnp.zeros((1, 1, c.width)), one, jnp.ones((1, 1, 1), bool)),
-                            jax.random.key(0))["params"]  # fmt: skip
+    args = jnp.zeros((1, 1, c.width)), one, jnp.ones((1, 1, 1), bool)
+    shapes = jax.eval_shape(lambda key: llm.Llm(c).init(key, *args), jax.random.key(0))["params"]
 
     def kept(path, leaf):
         name = "llm." + jax.tree_util.keystr(path, simple=True, separator=".")
@@ -208,3 +210,20 @@ def test_a_step_makes_floats_of_no_whole_matrix(kind):
 
     memory = jax.jit(step, donate_argnums=1).lower(params, state).compile().memory_analysis()
     assert memory.temp_size_in_bytes < c.width * c.mlp * 4 / 4
+
+
+def test_the_weights_that_ship_answer_the_same_in_8_bits():
+    picture = Path(__file__).parents[1] / "examples" / "screen.png"
+    questions = ("what is the number?", "what is at the top left?", "how many things are there?")
+    said = {}
+    for kind in ("float32", "int8"):
+        chat = Chat(checkpoint.load_model("nano", kind), max_tokens=16)
+        said[kind] = ["".join(chat.ask(picture if i == 0 else (), q)) for i, q in enumerate(questions)]
+    assert said["int8"] == said["float32"]
+    assert all(said["float32"])
+
+
+def test_on_a_cpu_read_weights_are_the_devices_without_a_copy(tiny_folder):
+    model = checkpoint.load_model(tiny_folder)
+    table = model.params["llm"]["embed"]
+    assert Chat(model).model.params["llm"]["embed"].unsafe_buffer_pointer() == table.ctypes.data

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from hypervl_jax import ask, image, lengths
 from hypervl_jax.ask import Read, Seen, View

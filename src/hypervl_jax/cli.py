@@ -108,7 +108,9 @@ def ask(
         from hypervl_jax import console
         from hypervl_jax.chat import Chat
 
-        console.answer(Chat(_load(model, DTYPES[weights]), branch, vrc, stops=stop, **settings), pixels, question, explain_compile)
+        console.answer(
+            Chat(_load(model, DTYPES[weights]), branch, vrc, stops=stop, **settings), pixels, question, explain_compile
+        )
         return
     from hypervl_jax import text
     from hypervl_jax.export.runtime import Runtime

@@ -66,10 +66,12 @@ def matmul(x: Float[Array, "... I"], weight: Weight) -> Float[Array, "... O"]:
     """x W^T in the dtype of x, of f32 or narrower weights, summed in f32 where they are narrower.
 
     XLA's CPU backend makes floats of a whole narrow matrix before it multiplies a row by it. So it is given, for a
-    single row, integer products (`_split_product`), and otherwise one block of the matrix at a time; other backends fuse
-    the conversion.
+    single row, products in the weights' own kind (`_int8_row`, `_bf16_row`), and otherwise one block of the matrix at a
+    time; other backends fuse the conversion.
     """
-    rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend runs the plain matrix product, and its gradient, twice as fast
+    rows = x.reshape(
+        -1, x.shape[-1]
+    )  # XLA's CPU backend runs the plain matrix product, and its gradient, twice as fast
     quantized = isinstance(weight, Quantized)
     if not quantized and weight.dtype.itemsize >= 4:
         y = jax.lax.dot_general(rows, weight, _NT)
@@ -137,7 +139,9 @@ def _blocks(x: Float[Array, "M I"], weight: Weight, outputs: int) -> Float[Array
     rows = max(1, size // (4 * inputs))
 
     if not isinstance(weight, Quantized) and weight.dtype == jnp.bfloat16:
-        weight = jax.lax.bitcast_convert_type(weight, jnp.uint16)  # as bf16 all of it would be converted before the loop
+        weight = jax.lax.bitcast_convert_type(
+            weight, jnp.uint16
+        )  # as bf16 all of it would be converted before the loop
 
     def product(w: Weight) -> Array:
         if not isinstance(w, Quantized):
