@@ -149,15 +149,12 @@ def _blocks(x: Float[Array, "M I"], weight: Weight, outputs: int) -> Float[Array
             return jax.lax.dot_general(x, w.astype(jnp.float32), _NT)
         if w.bits == 8:
             return jax.lax.dot_general(x, w.q.astype(jnp.float32), _NT) * w.scale[:, 0]
-        sides = x.reshape(-1, inputs // GROUP, 2, GROUP // 2)
-        return sum(
-            jax.lax.dot_general(
-                sides[:, :, n].reshape(len(x), -1),
-                (half * w.scale[..., None].astype(jnp.float32)).reshape(len(half), -1),
-                _NT,
-            )
+        sides, scale = x.reshape(-1, inputs // GROUP, 2, GROUP // 2), w.scale[..., None].astype(jnp.float32)
+        low, high = (
+            jax.lax.dot_general(sides[:, :, n].reshape(len(x), -1), (half * scale).reshape(len(half), -1), _NT)
             for n, half in enumerate(halves(w.q))
         )
+        return low + high
 
     if rows >= outputs:
         return product(weight)
