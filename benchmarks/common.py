@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hypervl_jax.bench import told
-from hypervl_jax.cli import DEFAULT
+from hypervl_jax.needs import DEFAULT
 
 HERE = Path(__file__).parent
 PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hypervl_jax import cli, config, presets
+from hypervl_jax import cli, config, needs, presets
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_ask_says_what_cut_off_the_answer_of_exported_files(ids, by, tiny_model,
     monkeypatch.setattr(runtime, "Runtime", Files)
     for name in ("ask", "chat", "generate"):  # what needs JAX, which a host of exported files has not
         monkeypatch.setitem(sys.modules, f"hypervl_jax.{name}", None)
-    monkeypatch.setattr(cli, "_exported", lambda name: name)
+    monkeypatch.setattr(needs, "exported", lambda name: name)
     cli.main(["ask", str(tiny_picture), "what is this?", "--runtime", "litert", "--max-tokens", "9"])
     said = capsys.readouterr()
     assert said.out == "a thing\n"
@@ -292,7 +292,7 @@ def test_ask_refuses_a_folder(tmp_path, tiny_folder, fails):
         (["--model", "/no/such/folder", "--runtime", "litert"], "hypervl export MODEL --out FOLDER"),
         (
             ["--runtime", "litert"],
-            f"{cli.DEFAULT}: no exported files; write them: hypervl export {cli.DEFAULT} --out phone, then",
+            f"{needs.DEFAULT}: no exported files; write them: hypervl export {needs.DEFAULT} --out phone, then",
         ),
     ],
 )
@@ -367,8 +367,8 @@ def test_tokens_tells_what_a_picture_costs_before_it_is_encoded(
     p = plan.make(pixels.shape[:2], ask.ratio_of(tiny_model, pixels), cfg.policy)
     h, w = pixels.shape[:2]
     assert p.ratio < 1
-    assert f"{tiny_picture}: {w} x {h} px at ratio {p.ratio:.2f} is {p.resized[1]} x {p.resized[0]} px" in said.out
-    assert f"{text.visual_tokens(p, cfg.text)} tokens, {p.tokens} of them visual; VRC spares" in said.out
+    assert f"{tiny_picture}: {p.summary()}, resized to {p.resized[1]} x {p.resized[0]} px" in said.out
+    assert f"{text.visual_tokens(p, cfg.text)} tokens with markers; VRC spares" in said.out
     assert [line.split()[0] for line in said.out.splitlines()[3:]] == ["base", "large", "decoder"]
 
 
@@ -395,11 +395,11 @@ def test_compiled_programs_are_kept_between_calls(tmp_path, monkeypatch):
     names = ("jax_compilation_cache_dir", *(f"jax_persistent_cache_{name}" for name in kept))
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("HOME", str(tmp_path))
-    cli._keep_compiled()  # the tests have a folder of their own
+    needs.keep_compiled()  # the tests have a folder of their own
     assert {name: getattr(jax.config, name) for name in names} == before
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     try:
-        cli._keep_compiled()
+        needs.keep_compiled()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "hypervl_jax" / "compiled")
     finally:
         for name, value in before.items():
@@ -424,13 +424,13 @@ def test_shipped_weights_are_found_by_name(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "nano")
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    assert cli._load("nano").config == presets.tiny().model
+    assert needs.load("nano").config == presets.tiny().model
 
 
 def test_the_folder_of_a_run_is_its_model(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model")
     (tmp_path / "config.json").write_text("{}")  # that of the run
-    assert cli._load(str(tmp_path)).config == presets.tiny().model
+    assert needs.load(str(tmp_path)).config == presets.tiny().model
 
 
 def damage(folder, name, how):
@@ -539,7 +539,7 @@ def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
     """`hypervl quickstart` makes a folder of that name, and must still find its preset."""
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert cli.load_config("quickstart") == presets.quickstart()
+    assert needs.load_config("quickstart") == presets.quickstart()
 
 
 def test_the_launchers_example_is_a_command(monkeypatch):
@@ -555,12 +555,12 @@ def test_the_launchers_example_is_a_command(monkeypatch):
 
 def test_a_config_file_and_its_steps(tmp_path):
     (tmp_path / "mine.py").write_text("from hypervl_jax.presets import quickstart as get_config")
-    assert cli.load_config(str(tmp_path / "mine.py")) == presets.quickstart()
+    assert needs.load_config(str(tmp_path / "mine.py")) == presets.quickstart()
     whole = presets.quickstart().train
-    few = cli.load_config("quickstart", whole.steps // 10).train
+    few = needs.load_config("quickstart", whole.steps // 10).train
     assert few.steps == whole.steps // 10
     assert few.stage0_steps == pytest.approx(whole.stage0_steps / 10, abs=1)
-    many = cli.load_config("quickstart", 10 * whole.steps).train
+    many = needs.load_config("quickstart", 10 * whole.steps).train
     assert (many.steps, many.stage0_steps) == (10 * whole.steps, whole.stage0_steps)
 
 
@@ -603,9 +603,9 @@ def test_export_leaves_a_folder_that_is_not_its_own(tiny_folder, tmp_path, fails
     ],
 )
 def test_a_missing_extra_is_told_before_work(argv, gone, extra, tmp_path, monkeypatch, fails):
-    find = cli.importlib.util.find_spec
+    find = needs.importlib.util.find_spec
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == gone else find(name))
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None if name == gone else find(name))
     said = fails(*argv)
     assert f"{gone} is not installed" in said
     assert f"[{extra}]" in said

@@ -22,6 +22,13 @@ def said(tmp_path):
     return said
 
 
+def refuses(read, folder, message):
+    with pytest.raises(ConfigError) as e:
+        read(folder)
+    assert str(folder / "config.json") in str(e.value)
+    assert message in str(e.value)
+
+
 def test_sizes_come_back_as_they_were_written(said):
     assert layouts.vision_config(said(layouts.vit_values(VIT, "float32"))) == (VIT, False)
     for cfg in (LLM, LlmConfig(101, 40, 3, heads=8, kv_heads=2, head_dim=14, mlp=72, qk_norm=False)):
@@ -86,11 +93,7 @@ def test_a_llama_that_leaves_out_its_heads(said):
     ],
 )  # fmt: skip
 def test_a_decoder_that_is_not_ours_is_refused_with_file_and_key(values, message, said):
-    folder = said(values)
-    with pytest.raises(ConfigError) as e:
-        layouts.llm_config(folder)
-    assert str(folder / "config.json") in str(e.value)
-    assert message in str(e.value)
+    refuses(layouts.llm_config, said(values), message)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +109,7 @@ def test_a_decoder_that_is_not_ours_is_refused_with_file_and_key(values, message
     ],
 )
 def test_an_encoder_that_is_not_ours_is_refused_with_file_and_key(values, message, said):
-    folder = said(values)
-    with pytest.raises(ConfigError) as e:
-        layouts.vision_config(folder)
-    assert str(folder / "config.json") in str(e.value)
-    assert message in str(e.value)
+    refuses(layouts.vision_config, said(values), message)
 
 
 def count(shapes):

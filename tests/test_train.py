@@ -136,6 +136,18 @@ def test_a_folder_of_other_settings_is_refused(whole, run, cfg):
         run(whole[0], classes=("cat",))
 
 
+def test_a_run_goes_on_when_only_settings_of_vrc_changed(whole, run, cfg):
+    run(whole[0], cfg=replace(cfg, vrc=replace(cfg.vrc, steps=cfg.vrc.steps + 1)))
+
+
+def test_a_run_older_than_a_setting_goes_on(whole, run):
+    file = whole[0] / "train.json"
+    settings = json.loads(file.read_text())
+    del settings["config"]["model"]["llm"]["qk_norm"]
+    file.write_text(json.dumps(settings))
+    run(whole[0])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path, monkeypatch):
     fresh = train.init_state
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervl_jax.cli import DEFAULT
+from hypervl_jax.needs import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,9 +19,12 @@ def test_the_wheel_answers_by_itself(tmp_path):
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < 16e6
-    names = zipfile.ZipFile(wheel).namelist()
+    files = zipfile.ZipFile(wheel)
+    names = files.namelist()
+    weights = [n for n in names if n.startswith("hypervl_jax/weights/")]
+    assert 0 < sum(files.getinfo(n).file_size for n in weights) <= 8e6
     assert any(n.endswith("licenses/NOTICE") for n in names)
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    files.extractall(tmp_path / "site")
     code = "import sys, hypervl_jax.cli as c; assert sys.argv[1] in c.__file__; c.main(['ask', sys.argv[2], 'q'])"
     argv = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "examples" / "screen.png")]
     said = subprocess.run(

@@ -41,7 +41,7 @@ def temporary_bytes(f: Callable, *shapes: object) -> int:
         compiled = jax.jit(f).lower(*shapes).compile()  # a release that has no such fusions, or another name for them
     memory = compiled.memory_analysis()
     if memory is None:
-        raise NotImplementedError(f"{jax.default_backend()} gives no memory analysis; run this on CPU or GPU")
+        raise RuntimeError(f"{jax.default_backend()} gives no memory analysis; run this on CPU or GPU")
     return memory.temp_size_in_bytes
 
 

@@ -60,11 +60,11 @@ def wilson(correct: int, n: int, effective: float | None = None, z: float = 1.96
 
 
 def point(answer: str, size: tuple[int, int], coords: int) -> tuple[float, float] | None:
-    """The point in original pixels that an answer such as "37 52" names, or None if it names none."""
-    words = answer.split()
-    if len(words) != 2 or not all(w.isascii() and w.isdigit() and int(w) < coords for w in words):
+    """The point in original pixels that an answer such as "37 52" names, or None if it does not name just one."""
+    named = text.coordinates(answer, coords)
+    if len(named) != 1 or len(named[0]) != 2:
         return None
-    (x, y), (h, w) = map(int, words), size
+    (x, y), (h, w) = named[0], size
     return (x + 0.5) * w / coords, (y + 0.5) * h / coords
 
 

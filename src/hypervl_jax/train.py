@@ -6,6 +6,7 @@ alternate between the branches, the small one also follows the large one's answe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -265,16 +266,19 @@ def _trim(log: Path, start: int) -> None:
 
 
 def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
-    values = {"config": config.to_dict(cfg), "classes": list(classes)}
-    values["config"]["train"].pop("steps")
+    """Raises `TrainError` where the run has other settings. Its length may change, and what only VRC reads."""
     if not path.exists():
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(values, indent=1))
+        part.write_text(json.dumps({"config": config.to_dict(cfg), "classes": list(classes)}, indent=1))
         part.replace(path)
         return
     try:
         found = json.loads(path.read_text())
     except ValueError as e:
         raise TrainError(f"{path}: damaged ({e}); delete it if the settings are those of this run") from e
-    if found != values:
-        raise TrainError(f"{path} is of a run with other settings: continue it with those, or choose another --out")
+    with contextlib.suppress(config.ConfigError, KeyError, TypeError, AttributeError):
+        was = config.from_dict(Config, found["config"])  # a setting that a run did not know yet has its default
+        was = dataclasses.replace(was, train=dataclasses.replace(was.train, steps=cfg.train.steps), vrc=cfg.vrc)
+        if was == cfg and found["classes"] == list(classes):
+            return
+    raise TrainError(f"{path} is of a run with other settings: continue it with those, or choose another --out")

@@ -1,0 +1,115 @@
+"""What a command needs before it starts: its config, its extras, a model. Found out first, said in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from hypervl_jax.config import Config, ConfigError
+from hypervl_jax.presets import PRESETS, preset
+
+DEFAULT = "nano"  # weights that ship
+EXTRAS = {  # what an extra brings -> the extra
+    "tensorflow_datasets": "train",
+    "grain": "train",
+    "ai_edge_litert": "export",
+}
+
+
+class UsageError(ValueError):
+    """An argument that cannot be; the message says what can."""
+
+
+def load_config(name: str, steps: int | None = None) -> Config:
+    """A preset by name, or `get_config()` of a Python file. Raises `ConfigError` saying what there is."""
+    path = Path(name)
+    cfg = _config_of(path) if name not in PRESETS and (path.suffix == ".py" or path.exists()) else preset(name)
+    if steps is None:
+        return cfg
+    if steps < 1:
+        raise UsageError(f"--steps {steps}: at least 1")
+    early = cfg.train.stage0_steps
+    if steps <= early:
+        early = steps * early // cfg.train.steps
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps, stage0_steps=early))
+
+
+def _config_of(path: Path) -> Config:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"{path}: {what}; give a preset ({', '.join(PRESETS)}) or a file such as configs/nano.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: a config is a Python file (.py) with `def get_config() -> Config`")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        cfg = module.get_config()
+    except Exception as e:  # it is the user's program: anything may come out of it
+        raise ConfigError(f"{path}: get_config() could not be had from this file ({type(e).__name__}: {e})") from e
+    if not isinstance(cfg, Config):
+        raise ConfigError(f"{path}: get_config() must return a Config, not {type(cfg).__name__}")
+    return cfg
+
+
+def prepared(config: str, steps: int | None, out: Path) -> Config:
+    """The config of a run, when what the run needs is there: found out now, not after an hour."""
+    cfg = load_config(config, steps)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file is there; choose another --out")
+    need("tensorflow_datasets", "grain")
+    keep_compiled()
+    return cfg
+
+
+def need(*modules: str) -> None:
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(missing(name))
+
+
+def missing(module: str) -> str:
+    return f"{module} is not installed: pip install 'hypervl-jax[{EXTRAS[module]}]', or `make setup` in a clone"
+
+
+def load(name: str, dtype: Any = "float32") -> Any:
+    """A model, or the one line that says how to come by one."""
+    from hypervl_jax import checkpoint
+
+    if not name.strip():
+        raise UsageError("--model is empty; give a model folder, or leave it out")
+    if name == DEFAULT and not Path(name).exists() and not (checkpoint.SHIPPED / name).exists():
+        raise UsageError(
+            f"no {DEFAULT} weights ship with this version; make a model with `make quickstart` (or `hypervl "
+            "quickstart`), then give --model quickstart/model"
+        )
+    if (Path(name) / "manifest.json").is_file():
+        raise UsageError(f"{name}: these are exported files; ask them with --runtime litert, or give the model folder")
+    keep_compiled()
+    return checkpoint.load_model(name, dtype)
+
+
+def exported(name: str) -> Path:
+    """A folder of exported files; the folder of a whole run will do."""
+    for path in (Path(name), Path(name) / "export"):
+        if (path / "manifest.json").is_file():
+            return path
+    if name != DEFAULT and not Path(name).exists():
+        raise UsageError(f"{name}: does not exist; give a folder that hypervl export MODEL --out FOLDER wrote")
+    raise UsageError(
+        f"{name}: no exported files; write them: hypervl export {name} --out phone, then ask with --model phone"
+    )
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept between calls, unless the environment says where and which."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypervl_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
