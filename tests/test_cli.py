@@ -365,7 +365,6 @@ def test_tokens_tells_what_a_picture_costs_before_it_is_encoded(
     said = capsys.readouterr()
     pixels, cfg = image.load(tiny_picture), tiny_model.config
     p = plan.make(pixels.shape[:2], ask.ratio_of(tiny_model, pixels), cfg.policy)
-    h, w = pixels.shape[:2]
     assert p.ratio < 1
     assert f"{tiny_picture}: {p.summary()}, resized to {p.resized[1]} x {p.resized[0]} px" in said.out
     assert f"{text.visual_tokens(p, cfg.text)} tokens with markers; VRC spares" in said.out
