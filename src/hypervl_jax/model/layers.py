@@ -10,11 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hypervl_jax.quantize import GROUP, Quantized, dequantize, halves
 
-Weight = Array | Quantized
+Weight = Array | np.ndarray | Quantized
 _NT = (((1,), (1,)), ((), ()))  # [M I] x [O I] -> [M O]
 _BLOCK = 2 << 20  # bytes of f32 weights that are made at a time: they stay in the cache
 _BLOCK_4 = 512 << 10  # the same of 4 bits for a single row
@@ -69,9 +70,8 @@ def matmul(x: Float[Array, "... I"], weight: Weight) -> Float[Array, "... O"]:
     single row, products in the weights' own kind (`_int8_row`, `_bf16_row`), and otherwise one block of the matrix at a
     time; other backends fuse the conversion.
     """
-    rows = x.reshape(
-        -1, x.shape[-1]
-    )  # XLA's CPU backend runs the plain matrix product, and its gradient, twice as fast
+    # Rows flattened: XLA's CPU backend runs the plain matrix product, and above all its gradient, twice as fast.
+    rows = x.reshape(-1, x.shape[-1])
     quantized = isinstance(weight, Quantized)
     if not quantized and weight.dtype.itemsize >= 4:
         y = jax.lax.dot_general(rows, weight, _NT)
@@ -87,18 +87,16 @@ def take(weight: Weight, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
 
 
 def _plain(x: Float[Array, "M I"], weight: Weight) -> Float[Array, "M O"]:
-    w = dequantize(weight, x.dtype) if isinstance(weight, Quantized) else weight
+    w = dequantize(weight, x.dtype) if isinstance(weight, Quantized) else weight.astype(x.dtype)
     return jax.lax.dot_general(x, w, _NT).astype(x.dtype)
 
 
 def _narrow(x: Float[Array, "M I"], weight: Weight) -> Float[Array, "M O"]:
     one_row = x.shape[0] == 1
-    if not isinstance(weight, Quantized):
-        y = _bf16_row(x, weight) if one_row and weight.dtype == jnp.bfloat16 else _blocks(x, weight, weight.shape[0])
-    elif weight.bits == 8 and one_row:
-        y = _int8_row(x, weight)
+    if not isinstance(weight, Quantized):  # may be trained
+        y = _bf16_row(x, weight) if one_row and weight.dtype == jnp.bfloat16 else _plain(x, weight)
     else:
-        y = _blocks(x, weight, weight.q.shape[0])
+        y = _int8_row(x, weight) if one_row and weight.bits == 8 else _blocks(x, weight)
     return y.astype(x.dtype)
 
 
@@ -118,7 +116,7 @@ def _int8_row(x: Float[Array, "1 I"], weight: Quantized) -> Float[Array, "1 O"]:
     return jnp.einsum("mo,m->o", sums[:3].astype(jnp.float32), jnp.stack(units))[None] * weight.scale[:, 0]
 
 
-def _bf16_row(x: Float[Array, "1 I"], weight: Array) -> Float[Array, "1 O"]:
+def _bf16_row(x: Float[Array, "1 I"], weight: Array | np.ndarray) -> Float[Array, "1 O"]:
     """The same for weights in bf16: an f32 row is the sum of three rows of bf16."""
     rest, parts = x.astype(jnp.float32), []
     for _ in range(1 if x.dtype == jnp.bfloat16 else 3):
@@ -131,22 +129,13 @@ def _bf16_row(x: Float[Array, "1 I"], weight: Array) -> Float[Array, "1 O"]:
     return sums[: len(parts)].sum(0, keepdims=True)
 
 
-def _blocks(x: Float[Array, "M I"], weight: Weight, outputs: int) -> Float[Array, "M O"]:
+def _blocks(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
     """One block of outputs at a time, whose weights become floats that stay in the cache."""
-    x, inputs = x.astype(jnp.float32), x.shape[1]
-    four = isinstance(weight, Quantized) and weight.bits == 4
-    size = _BLOCK_4 if four and x.shape[0] == 1 else _BLOCK
+    x, inputs, outputs = x.astype(jnp.float32), x.shape[1], weight.q.shape[0]
+    size = _BLOCK_4 if weight.bits == 4 and x.shape[0] == 1 else _BLOCK
     rows = max(1, size // (4 * inputs))
 
-    if not isinstance(weight, Quantized) and weight.dtype == jnp.bfloat16:
-        weight = jax.lax.bitcast_convert_type(
-            weight, jnp.uint16
-        )  # as bf16 all of it would be converted before the loop
-
-    def product(w: Weight) -> Array:
-        if not isinstance(w, Quantized):
-            w = jax.lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32) if w.dtype == jnp.uint16 else w
-            return jax.lax.dot_general(x, w.astype(jnp.float32), _NT)
+    def product(w: Quantized) -> Array:
         if w.bits == 8:
             return jax.lax.dot_general(x, w.q.astype(jnp.float32), _NT) * w.scale[:, 0]
         sides, scale = x.reshape(-1, inputs // GROUP, 2, GROUP // 2), w.scale[..., None].astype(jnp.float32)
