@@ -139,9 +139,9 @@ def test_ask_and_chat_read_the_weights_that_were_asked_for(weights, kept, tiny_p
 
     def load(name, dtype="float32"):
         asked.append(dtype)
-        raise cli.UsageError("enough")
+        raise needs.UsageError("enough")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(needs, "load", load)
     assert "enough" in fails("ask", tiny_picture, "what?", "--weights", weights)
     assert "enough" in fails("chat", "--weights", weights)
     assert asked == [kept, kept]
