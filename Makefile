@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup parity quickstart nano test lint typecheck format bench wheel clean
+.PHONY: help setup parity quickstart nano test lint typecheck format bench bench-gpu wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,8 +54,11 @@ typecheck: $(STAMP) ## pyright on src
 	$(BIN)/pyright
 
 bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
-	@status=0; for f in tiling_memory load_memory nano export vrc "dcl --ablate-names"; do set -- $$f; \
+	@status=0; for f in tiling_memory load_memory inference nano export vrc "dcl --ablate-names"; do set -- $$f; \
 		$(BIN)/python benchmarks/$$1.py $${@:2} || status=1; done; exit $$status
+
+bench-gpu: $(STAMP) ## speed on a GPU at the paper's sizes, beside transformers where torch is; says so where there is no GPU
+	$(BIN)/python benchmarks/inference.py --gpu
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

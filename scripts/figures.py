@@ -119,9 +119,34 @@ def export(r: Result) -> list[str]:
     )
 
 
+def inference(r: Result) -> list[str]:
+    m, d = r["metrics"], r["metrics"]["decoder"]
+    if not m["torch"]:
+        return []
+    kind, decode = m["dtype"], d["decode"]
+    times = [f"{b} {m['encode'][b]['jax']['over_first']:.2f}" for b in ("base", "large")]
+    reads = [f"{n.split('_')[1]} tokens {over(d[n], f'jax {kind}', f'torch {kind}'):.2f}" for n in d if is_prefill(n)]
+    narrow = [f"{k} {over(decode, f'jax {k}', f'jax {kind}'):.2f}" for k in ("bfloat16", "int8", "int4")]
+    return prose(
+        "**Speed**, in time of transformers' on the same weights and threads, the same run:",
+        f"encoding a tile {', '.join(times)}; prefill {', '.join(reads)};",
+        f"decode {over(decode, f'jax {kind}', f'torch {kind}'):.2f}.",
+        f"A token in narrow weights, in time of {kind}: {', '.join(narrow)} ({where(r)}).",
+    )
+
+
+def is_prefill(name: str) -> bool:
+    return name.startswith("prefill_") and name.count("_") == 1
+
+
+def over(rows: dict[str, dict[str, float]], a: str, b: str) -> float:
+    return rows[a]["over_first"] / rows[b]["over_first"]
+
+
 SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "nano": nano,
     "export": export,
+    "inference": inference,
     "vrc": vrc,
     "dcl": dcl,
     "quickstart": quickstart,

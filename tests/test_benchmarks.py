@@ -233,3 +233,64 @@ def test_bars_of_the_shipped_weights(load):
     none = {k: v for k, v in good.items() if not k.startswith("name")}
     short = {bar.name for bar in nano.bars_of("base", none, {"read": wilson(79, 100)}, {"m": {}}) if not bar.ok}
     assert short == {"nano.base.name_known", "nano.base.name_unseen", "nano.base.read", "nano.base.find"}
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_compared_with_the_first_call_of_the_same_round(load, monkeypatch):
+    """The second call takes 3 s where the first takes 1, in the last round 6 and 2; the first round does not count."""
+    inference, now = load("inference"), [0.0]
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(inference.time, "process_time", lambda: 2 * now[0])
+    durations = iter([9, 1, 1, 3, 1, 3, 2, 6])
+
+    def call():
+        now[0] += next(durations)
+
+    found = inference.rounds({"a": call, "b": call}, 3)
+    assert found["a"]["seconds"] == found["a"]["over_first"] == 1
+    assert (found["b"]["seconds"], found["b"]["cpu_seconds"], found["b"]["over_first"]) == (3, 6, 3)
+
+
+def test_bars_of_inference(load):
+    inference = load("inference")
+
+    def rows(**over):
+        return {k.replace("_", " "): {"over_first": v} for k, v in over.items()}
+
+    kinds = {"float32": {"bytes": 400}, "int8": {"bytes": 101}}
+    prefill = rows(torch_float32=1.0, jax_float32=1.05)
+    decode = rows(torch_float32=1.0, jax_float32=0.5, jax_int8=0.4)
+    size = inference.Sizes(None, "float32", (512,), 8, (), 5)
+    metrics = {
+        "torch": "2",
+        "encode": {"base": {"jax": {"over_first": 1.0}}},
+        "decoder": {"kinds": kinds, "prefill_512": prefill, "decode": decode},
+    }
+    found = {bar.name: bar for bar in inference.bars(size, metrics)}
+    assert all(bar.ok for bar in found.values())
+    assert found["int8_decode_over_full"].figure == pytest.approx(0.8)
+    decode["jax int8"]["over_first"] = 0.6
+    decode["torch float32"]["over_first"] = 0.9
+    kinds["int8"]["bytes"] = 120
+    short = {bar.name for bar in inference.bars(size, metrics) if not bar.ok}
+    assert short == {"decode", "int8_decode_over_full", "int8_bytes"}
+    assert {bar.name for bar in inference.bars(size, metrics | {"torch": None})} == {
+        "int8_decode_over_full",
+        "int8_bytes",
+    }
+
+
+def test_without_a_gpu_the_measurement_for_one_says_so(load, monkeypatch):
+    inference = load("inference")
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--gpu"])
+    with pytest.raises(SystemExit, match="no GPU here"):
+        inference.main()
+
+
+def test_the_training_step_and_the_limits_are_measured(load):
+    inference = load("inference")
+    found = inference.training(quick=True, n=1)
+    assert found["seconds"] > 0
+    assert all(v > 0 for v in inference.limits(small=True).values())

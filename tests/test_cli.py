@@ -133,6 +133,26 @@ def saying(monkeypatch):
     return saying
 
 
+@pytest.mark.parametrize(("weights", "kept"), [("f32", "float32"), ("bf16", "bfloat16"), ("int4", "int4")])
+def test_ask_and_chat_read_the_weights_that_were_asked_for(weights, kept, tiny_picture, monkeypatch, fails):
+    asked = []
+
+    def load(name, dtype="float32"):
+        asked.append(dtype)
+        raise needs.UsageError("enough")
+
+    monkeypatch.setattr(needs, "load", load)
+    assert "enough" in fails("ask", tiny_picture, "what?", "--weights", weights)
+    assert "enough" in fails("chat", "--weights", weights)
+    assert asked == [kept, kept]
+
+
+def test_exported_files_have_the_weights_they_have(tiny_picture, fails):
+    assert "--weights is for --runtime jax" in fails(
+        "ask", tiny_picture, "what?", "--runtime", "litert", "--weights", "int8"
+    )
+
+
 def test_ask_about_several_pictures(tiny_folder, tiny_picture, tiny_model, tmp_path, capsys):
     """In the order given, options before, between and after them."""
     from hypervl_jax import ask, image

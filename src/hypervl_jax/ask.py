@@ -27,7 +27,7 @@ from hypervl_jax import compress, generate, image, lengths, plan, text, tokens
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch, ModelConfig
 from hypervl_jax.generate import GREEDY, DecodeState, Sampler
-from hypervl_jax.model import hypervl
+from hypervl_jax.model import hypervl, llm
 from hypervl_jax.plan import VisionPlan
 from hypervl_jax.text import Prompt
 from hypervl_jax.tokens import Tokenizer
@@ -140,7 +140,7 @@ def read(model: Model, prompt: Prompt, pictures: Sequence[Seen], new: int, befor
     if before is not None and shared:
         state = before.state if before.room == room else generate.grow(before.state, room)
     else:
-        state = generate.start(cfg, 1, room, model.params["llm"]["embed"].dtype)
+        state = generate.start(cfg, 1, room, llm.dtype(model.params["llm"]))
     seen = generate.tokens_in([prompt.ids], cfg.llm.vocab)
     state = state._replace(at=jnp.int32(shared), done=jnp.zeros(1, bool), seen=jnp.asarray(seen))
     features = np.concatenate([np.zeros((0, cfg.llm.width), np.float32), *(p.features for p in pictures)])

@@ -17,6 +17,8 @@ from hypervl_jax.config import BRANCHES, SEEDS, Branch
 LONGEST = 4096  # tokens an answer may have: the cache is as long
 
 Stops = Annotated[tuple[str, ...], arg(metavar="TEXT"), UseAppendAction]
+Weights = Literal["f32", "bf16", "int8", "int4"]
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 Pictures = Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
 
 
@@ -48,6 +50,7 @@ def ask(
     model: Annotated[str, arg(metavar="MODEL")] = needs.DEFAULT,
     branch: Branch = "base",
     vrc: bool = True,
+    weights: Weights = "f32",
     runtime: Literal["jax", "litert"] = "jax",
     how: How = Sampling(),
     max_tokens: int = 32,
@@ -71,6 +74,7 @@ def ask(
         model: a model folder, or the name of weights that ship; with --runtime litert a folder written by `export`.
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink the picture as far as it can bear.
+        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: an eighth).
         runtime: jax, or litert: the exported .tflite files alone.
         max_tokens: the longest answer.
         explain_compile: list the programs that the answer needs, and why these.
@@ -88,6 +92,8 @@ def ask(
             "--temperature, --top-k, --top-p, --penalty, --stop and --explain-compile are for --runtime jax: the "
             "exported files answer greedily"
         )
+    if runtime == "litert" and weights != "f32":
+        raise needs.UsageError("--weights is for --runtime jax: exported files have the weights they were written with")
     if runtime == "litert" and len(images) > 1:
         raise needs.UsageError(f"{images[1]}: the exported files answer about one picture at a time; use --runtime jax")
     settings = _settings(how, max_tokens) if runtime == "jax" else {}
@@ -96,7 +102,9 @@ def ask(
         from hypervl_jax import console
         from hypervl_jax.chat import Chat
 
-        console.answer(Chat(needs.load(model), branch, vrc, **settings), pixels, question, explain_compile)
+        console.answer(
+            Chat(needs.load(model, DTYPES[weights]), branch, vrc, **settings), pixels, question, explain_compile
+        )
         return
     from hypervl_jax import text
     from hypervl_jax.export.runtime import Runtime
@@ -121,6 +129,7 @@ def chat(
     model: Annotated[str, arg(metavar="MODEL")] = needs.DEFAULT,
     branch: Branch = "base",
     vrc: bool = True,
+    weights: Weights = "f32",
     system: str = "",
     how: How = Sampling(),
     max_tokens: int = 256,
@@ -143,6 +152,7 @@ def chat(
         model: a model folder, or the name of weights that ship.
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink pictures as far as they can bear.
+        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: an eighth).
         system: an instruction that stands before the conversation.
         max_tokens: the longest answer.
         context: the longest conversation in tokens, beyond which the oldest turns are forgotten; default 40960.
@@ -155,7 +165,7 @@ def chat(
     if context is not None and context <= max_tokens:
         raise needs.UsageError(f"--context {context}: choose more than --max-tokens, {max_tokens}")
     pixels = [image.load(path) for path in images]
-    loaded = needs.load(model)
+    loaded = needs.load(model, DTYPES[weights])
     from hypervl_jax.chat import CONTEXT, Chat
 
     def begin() -> Chat:

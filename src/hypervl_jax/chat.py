@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from hypervl_jax import ask, image, lengths
 from hypervl_jax.ask import Read, Seen, View
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch
 from hypervl_jax.generate import GREEDY, Sampler
+from hypervl_jax.model.layers import unstack
 from hypervl_jax.text import END_THINK, Fitted, fit
 
 CONTEXT = 40_960  # tokens Qwen3 was trained to follow
@@ -69,7 +69,9 @@ class Chat:
         """
         if thinking and not model.config.text.think:
             raise ChatError("this model was not taught to think before it answers; leave thinking off")
-        self.model = model._replace(params=jax.tree.map(jnp.asarray, model.params))  # on the device, once
+        # On the device, once (on a CPU these stay the very arrays), and layer by layer.
+        params = model.params | {"llm": unstack(model.params["llm"])}
+        self.model = model._replace(params=jax.device_put(params, may_alias=True))
         self.branch: Branch = branch
         self.vrc, self.thinking, self.context = vrc, thinking, context
         self.sampler, self.max_tokens, self.stops = sampler, max_tokens, tuple(stops)

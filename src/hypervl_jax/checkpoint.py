@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hypervl_jax import __version__, config, layouts, tensors
+from hypervl_jax import __version__, config, layouts, quantize, tensors
 from hypervl_jax.config import ModelConfig
 from hypervl_jax.layouts import CONFIG, TOKENIZER
 from hypervl_jax.tensors import CheckpointError, flatten
@@ -84,8 +84,10 @@ def save_model(
 ) -> Path:
     """Writes a model directory, whole or not at all, with weights in `dtype` (f32, f16, bf16; None: each as it is).
 
-    Raises `CheckpointError` naming weights that are not finite, or not in `dtype`.
+    Raises `CheckpointError` naming weights that are not finite, or not in `dtype`, or of 8 or 4 bits.
     """
+    if quantize.is_quantized(params):
+        raise CheckpointError(f"{path}: weights in 8 or 4 bits are not saved; load the model as it is and save that")
     path, paths = Path(path), flatten(params)
     values = {"format": FORMAT, "version": __version__, "model": config.to_dict(cfg), "info": info or {}}
     with replacing(path) as new:
@@ -122,7 +124,8 @@ def _is_run(path: Path) -> bool:
 def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None = None) -> Model:
     """Reads a model directory, strict: unknown, missing, misshapen and non-finite weights are reported together.
 
-    `dtype` and `shardings` are those of `tensors.read`.
+    `dtype` and `shardings` are those of `tensors.read`; "int8" and "int4" are those of `quantize.py`, tensor by tensor
+    as they are read, everything that is no matrix in f32.
     Raises `CheckpointError`, `ConfigError` or `TextError` naming the file that does not fit.
     """
     path = find_model(name)
@@ -144,7 +147,11 @@ def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: info: expected a table, its vrc_scale above 0, found {reprlib.repr(info)}")
     want = expected(cfg)
-    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings)
+    bits = quantize.BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is not None and shardings is not None:
+        raise ValueError(f"{dtype} weights are read onto one device: leave out shardings")
+    pack, dtype = (quantize.packer(bits), np.float32) if bits is not None else (None, dtype)
+    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings, pack)
     return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100 << 20  # bytes, the limit of the format
 SHARD = 4 << 30  # bytes of one file
 ROWS = 4096  # of a tensor, checked at once
+ALIGNED = 64  # bytes
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64,
@@ -230,12 +231,14 @@ def read(
     shapes: dict[str, tuple[int, ...]],
     dtype: Any = None,
     shardings: dict | None = None,
+    pack: Callable[[str, np.ndarray], Any] | None = None,
 ) -> tuple[dict, list[str]]:
     """The tree whose leaves have `shapes` (by path), and a line on everything there that the model does not use.
 
     In `dtype`, or each leaf as the files have it (f32 where its layers differ); as numpy arrays, or by `shardings` (a
     tree like the result) on their devices. Numbers go straight into their place: beside the result, no more than one
-    tensor is held, with shardings one leaf.
+    tensor is held, with shardings one leaf. Without shardings `pack` may make something smaller of every tensor as it
+    comes (path, numbers): arrays or a tree of them, stacked over the layers of a leaf.
     Raises `CheckpointError`: first with all that is unknown, missing, duplicate, misshapen or no float, then with all
     that is not finite (in `dtype`).
     """
@@ -272,7 +275,9 @@ def read(
         kinds = {DTYPES[found[part.name].dtype] for part in parts[path]}
         kind = np.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
         cut = functools.partial(_cut, found, parts[path], shapes[path], kind, bad)
-        if shardings is None:
+        if pack is not None:
+            flat[path] = _packed(found, parts[path], shapes[path], kind, bad, functools.partial(pack, path))
+        elif shardings is None:
             flat[path] = cut((slice(None),) * len(shapes[path]))
         else:
             flat[path] = jax.make_array_from_callback(shapes[path], places[path], cut)
@@ -286,7 +291,7 @@ def _cut(
     found: dict[str, Tensor], parts: list[Part], shape: tuple[int, ...], kind: np.dtype, bad: set[str], index: Any
 ) -> np.ndarray:
     """The piece of a leaf that `index`, a slice an axis, says; names of what is not finite are added to `bad`."""
-    out = np.empty([len(range(n)[s]) for n, s in zip(shape, index, strict=True)], kind)
+    out = _empty([len(range(n)[s]) for n, s in zip(shape, index, strict=True)], kind)
     stacked = parts[0].layer is not None
     for part, to in zip(parts[index[0]], out, strict=True) if stacked else [(parts[0], out)]:
         with np.errstate(over="ignore", invalid="ignore"):  # what cannot be held is found below
@@ -294,6 +299,30 @@ def _cut(
         if not _finite(to):
             bad.add(part.name)
     return out
+
+
+def _packed(
+    found: dict[str, Tensor], parts: list[Part], shape: tuple[int, ...], kind: np.dtype, bad: set[str], pack: Callable
+) -> Any:
+    """A leaf out of what `pack` makes of its tensors, one after another."""
+    if parts[0].layer is None:
+        return pack(_cut(found, parts, shape, kind, bad, (slice(None),) * len(shape)))
+    out: Any = None
+    for i, part in enumerate(parts):
+        one = pack(_cut(found, [part], (1, *shape[1:]), kind, bad, (slice(None),) * len(shape))[0])
+        if out is None:
+            out = jax.tree.map(lambda a: _empty([len(parts), *a.shape], a.dtype), one)
+        jax.tree.map(lambda all_layers, a: all_layers.__setitem__(i, a), out, one)  # noqa: B023 - used at once
+    return out
+
+
+def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array that begins where JAX wants its own to begin, so that on a CPU it can be one without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNED, np.uint8)
+    at = -room.ctypes.data % ALIGNED
+    return room[at : at + size].view(dtype).reshape(shape)
 
 
 def _finite(x: np.ndarray) -> bool:

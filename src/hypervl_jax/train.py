@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> 
             alone = features(params, cfg, b, jax.lax.stop_gradient(seen[b]))
             found = {
                 "name": losses.name_loss(seen[b], batch.weights, batch.names, tables["names"]),
-                "word": losses.name_loss(alone, shares, batch.words, llm.head(params["llm"])),
+                "word": losses.name_loss(alone, shares, batch.words, cast(Array, llm.head(params["llm"]))),
                 "cell": losses.cell_loss(feats[b], real, tables["cells"]),
             }
             total += cfg.train.name_weight * sum(found.values())

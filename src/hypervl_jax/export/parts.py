@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax import plan, text
+from hypervl_jax import plan, quantize, text
 from hypervl_jax.checkpoint import TOKENIZER, Model, replacing
 from hypervl_jax.config import BRANCHES, Branch, ModelConfig, ScreensConfig
 from hypervl_jax.export import lower, manifest, verify
@@ -199,9 +199,11 @@ def export(
     `prefill` and `cache` are token counts (`lengths` if None). `verify_images` are pictures u8[H W 3] to compare on
     (composed screens if None). An earlier export at `out_dir` is replaced, anything else there is left alone.
     Raises `ExportError` for a seam further than `verify.LIMIT` from JAX, with the number, `ExportUnavailable` without
-    the converter. Whatever is raised, nothing of a failed export remains.
+    the converter, `ExportError` for weights in 8 or 4 bits. Whatever is raised, nothing of a failed export remains.
     """
     lower.require()
+    if quantize.is_quantized(model.params):
+        raise ExportError("weights in 8 or 4 bits are not exported; load the model as it is")
     out = Path(out_dir).absolute()
     _check_free(out)
     defaults = lengths(model.config, model.tokenizer)

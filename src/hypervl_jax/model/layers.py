@@ -1,6 +1,6 @@
 """What the encoder and the decoder share: a linear layer, two norms, and one block under two drivers.
 
-Axes: B batch, L sequence, S keys, H heads, K kv heads, D width.
+Axes: B batch, L sequence, S keys, H heads, K kv heads, D width, O outputs, I inputs, M rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from hypervl_jax.quantize import GROUP, Quantized, dequantize, halves
+
+Weight = Array | np.ndarray | Quantized
+_NT = (((1,), (1,)), ((), ()))  # [M I] x [O I] -> [M O]
+_BLOCK = 2 << 20  # bytes of f32 weights that are made at a time: they stay in the cache
+_BLOCK_4 = 512 << 10  # the same of 4 bits for a single row
 
 
 class Linear(nn.Module):
@@ -22,10 +30,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
-        weight = self.param("weight", init, (self.features, x.shape[-1]))
-        # Rows flattened: XLA's CPU backend runs the plain matrix product, and above all its gradient, twice as fast.
-        y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), weight, (((1,), (1,)), ((), ())))
-        y = y.reshape(*x.shape[:-1], self.features)
+        if self.has_variable("params", "weight"):
+            weight = self.get_variable("params", "weight")
+        else:
+            weight = self.param("weight", init, (self.features, x.shape[-1]))
+        y = matmul(x, weight)
         return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
 
 
@@ -51,6 +60,105 @@ class RMSNorm(nn.Module):
         return y * self.param("weight", nn.initializers.ones, (x.shape[-1],))
 
 
+# --- matrix products -------------------------------------------------------------------------------------------------
+
+
+def matmul(x: Float[Array, "... I"], weight: Weight) -> Float[Array, "... O"]:
+    """x W^T in the dtype of x, of f32 or narrower weights, summed in f32 where they are narrower.
+
+    XLA's CPU backend makes floats of a whole narrow matrix before it multiplies a row by it. So it is given, for a
+    single row, products in the weights' own kind (`_int8_row`, `_bf16_row`), and otherwise one block of the matrix at a
+    time; other backends fuse the conversion.
+    """
+    # Rows flattened: XLA's CPU backend runs the plain matrix product, and above all its gradient, twice as fast.
+    rows = x.reshape(-1, x.shape[-1])
+    quantized = isinstance(weight, Quantized)
+    if not quantized and weight.dtype.itemsize >= 4:
+        y = jax.lax.dot_general(rows, weight, _NT)
+    else:
+        y = jax.lax.platform_dependent(rows, weight, cpu=_narrow, default=_plain)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def take(weight: Weight, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
+    """Rows of a table; ids outside it clip."""
+    rows = jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), weight)
+    return dequantize(rows) if isinstance(rows, Quantized) else rows
+
+
+def _plain(x: Float[Array, "M I"], weight: Weight) -> Float[Array, "M O"]:
+    w = dequantize(weight, x.dtype) if isinstance(weight, Quantized) else weight.astype(x.dtype)
+    return jax.lax.dot_general(x, w, _NT).astype(x.dtype)
+
+
+def _narrow(x: Float[Array, "M I"], weight: Weight) -> Float[Array, "M O"]:
+    one_row = x.shape[0] == 1
+    if not isinstance(weight, Quantized):  # may be trained
+        y = _bf16_row(x, weight) if one_row and weight.dtype == jnp.bfloat16 else _plain(x, weight)
+    else:
+        y = _int8_row(x, weight) if one_row and weight.bits == 8 else _blocks(x, weight)
+    return y.astype(x.dtype)
+
+
+def _int8_row(x: Float[Array, "1 I"], weight: Quantized) -> Float[Array, "1 O"]:
+    """One row times 8 bit weights in integer products, which read the weights as they lie. The row is the sum of three
+    rows of 8 bits, each what the one before left over: as exact as f32. Four rows, since one alone would take the way
+    that makes floats of everything."""
+    rest, unit = x.astype(jnp.float32), jnp.maximum(jnp.abs(x).max().astype(jnp.float32), 1e-30) / 127
+    parts, units = [], []
+    for _ in range(3):
+        part = jnp.round(rest / unit)
+        parts.append(part.astype(jnp.int8))
+        units.append(unit)
+        rest, unit = rest - part * unit, unit / 254
+    rows = jnp.concatenate([*parts, jnp.zeros_like(parts[0])])
+    sums = jax.lax.dot_general(rows, weight.q, _NT, preferred_element_type=jnp.int32)  # exact to 133,000 inputs
+    return jnp.einsum("mo,m->o", sums[:3].astype(jnp.float32), jnp.stack(units))[None] * weight.scale[:, 0]
+
+
+def _bf16_row(x: Float[Array, "1 I"], weight: Array | np.ndarray) -> Float[Array, "1 O"]:
+    """The same for weights in bf16: an f32 row is the sum of three rows of bf16."""
+    rest, parts = x.astype(jnp.float32), []
+    for _ in range(1 if x.dtype == jnp.bfloat16 else 3):
+        # A plain round trip through bf16 would be taken out as needless, and with it all but the first part.
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    rows = jnp.concatenate([*parts, jnp.zeros_like(parts[0])])
+    sums = jax.lax.dot_general(rows, weight, _NT, preferred_element_type=jnp.float32)
+    return sums[: len(parts)].sum(0, keepdims=True)
+
+
+def _blocks(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
+    """One block of outputs at a time, whose weights become floats that stay in the cache."""
+    x, inputs, outputs = x.astype(jnp.float32), x.shape[1], weight.q.shape[0]
+    size = _BLOCK_4 if weight.bits == 4 and x.shape[0] == 1 else _BLOCK
+    rows = max(1, size // (4 * inputs))
+
+    def product(w: Quantized) -> Array:
+        if w.bits == 8:
+            return jax.lax.dot_general(x, w.q.astype(jnp.float32), _NT) * w.scale[:, 0]
+        sides, scale = x.reshape(-1, inputs // GROUP, 2, GROUP // 2), w.scale[..., None].astype(jnp.float32)
+        low, high = (
+            jax.lax.dot_general(sides[:, :, n].reshape(len(x), -1), (half * scale).reshape(len(half), -1), _NT)
+            for n, half in enumerate(halves(w.q))
+        )
+        return low + high
+
+    if rows >= outputs:
+        return product(weight)
+
+    def block(i: Int[Array, ""], y: Array) -> Array:
+        at = jnp.minimum(i * rows, outputs - rows)  # the last block may say again what the one before has said
+        w = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, rows), weight)
+        return jax.lax.dynamic_update_slice_in_dim(y, product(w), at, 1)
+
+    return jax.lax.fori_loop(0, -(-outputs // rows), block, jnp.zeros((len(x), outputs), jnp.float32))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
 def attention(
     q: Float[Array, "B H L d"], k: Float[Array, "B K S d"], v: Float[Array, "B K S d"], mask: Bool[Array, "B #L S"]
 ) -> Float[Array, "B H L d"]:
@@ -72,7 +180,7 @@ class Stack(nn.Module):
     """`depth` blocks over one stacked parameter tree: `nn.scan` to train, a loop to export and decode, remat in both.
 
     A block maps (x, cache, *shared) -> (x, cache). The loop takes and returns a tuple of one cache a layer; the scan
-    has none.
+    has none. Layers may also come apart (`unstack`); those are looped.
     """
 
     block: type[nn.Module]
@@ -83,7 +191,8 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, caches: tuple | None, *shared: Any) -> tuple[Array, tuple | None]:
-        if self.scan:
+        apart = isinstance(self.variables.get("params", {}).get("layers"), list | tuple)
+        if self.scan and not apart:
             if caches is not None:
                 raise ValueError("a KV cache needs the loop: build the stack with scan=False")
             block = nn.remat(self.block, prevent_cse=False) if self.remat else self.block
@@ -98,7 +207,20 @@ class Stack(nn.Module):
         block = nn.remat(self.block) if self.remat else self.block
         params, out = self.variables["params"]["layers"], []
         for i in range(self.depth):
-            layer = {"params": jax.tree.map(lambda a: a[i], params)}  # noqa: B023 - used at once
-            x, cache = block(self.cfg).apply(layer, x, caches[i] if caches is not None else None, *shared)
+            layer = params[i] if apart else jax.tree.map(lambda a: a[i], params)  # noqa: B023 - used at once
+            x, cache = block(self.cfg).apply({"params": layer}, x, caches[i] if caches is not None else None, *shared)
             out.append(cache)
         return x, tuple(out) if caches is not None else None
+
+
+def unstack(params: dict) -> dict:
+    """The same parameters with every stack of layers as a list of layers. A loop over a stack copies each layer out of
+    it, at every call: several times the time of a decoding step."""
+    out = {}
+    for key, value in params.items():
+        if key == "layers" and isinstance(value, dict):
+            depth = len(jax.tree.leaves(value)[0])
+            out[key] = [jax.tree.map(lambda a: a[i], value) for i in range(depth)]  # noqa: B023 - used at once
+        else:
+            out[key] = unstack(value) if isinstance(value, dict) else value
+    return out

@@ -15,7 +15,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from hypervl_jax.config import LlmConfig
-from hypervl_jax.model.layers import Linear, RMSNorm, Stack, attention
+from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, matmul, take
+from hypervl_jax.quantize import Quantized
 
 
 class KVCache(NamedTuple):
@@ -114,14 +115,20 @@ class Llm(nn.Module):
 
 def embed(params: dict, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Rows of the embedding table; ids outside the vocabulary clip."""
-    return jnp.take(params["embed"], ids, axis=0, mode="clip")
+    rows = take(params["embed"], ids)
+    return rows.astype(dtype(params)) if isinstance(params["embed"], Quantized) else rows
 
 
-def head(params: dict) -> Float[Array, "V D"]:
-    """The output table: the embedding where they are tied."""
+def dtype(params: dict) -> jnp.dtype:
+    """What the decoder computes in and keeps in its cache: the dtype of its norms, which are never quantised."""
+    return params["norm"]["weight"].dtype
+
+
+def head(params: dict) -> Weight:
+    """The output table [V D]: the embedding where they are tied."""
     return params["head"] if "head" in params else params["embed"]
 
 
 def logits(params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """f32 next-token logits through the head."""
-    return jnp.einsum("...d,vd->...v", hidden, head(params)).astype(jnp.float32)
+    return matmul(hidden, head(params)).astype(jnp.float32)
