@@ -254,7 +254,7 @@ def fit_vrc(model: Model, cfg: Config, screens: Sequence[Screen], found: compres
 def _vrc(model: Model, cfg: Config, source: pipeline.Source, path: Path, model_dir: Path) -> dict:
     """Trains VRC on three quarters of the labels, finds its scale on the rest, and writes the model directory."""
     try:
-        found = compress.LabelSet.load(path)
+        found = compress.LabelSet.load(path).again(cfg.vrc)  # the losses are what cost; how they are read may change
     except (OSError, compress.CompressError) as e:
         cure = f"delete it and {path.parent / 'stages' / 'labels.json'}, and run again"
         raise config.ConfigError(f"{path}: missing or damaged; {cure}") from e
