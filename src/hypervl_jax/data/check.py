@@ -40,13 +40,16 @@ class Ledger:
         return sum(f.kind not in KEPT for f in self.faults)
 
     def settle(self, records: int, max_rate: float) -> None:
-        """Raises `DataError` where more than `max_rate` of `records`, or all of them, cannot be used."""
+        """Raises `DataError` where more than `max_rate` of `records`, or all of them, cannot be used, and where a file
+        could not be read to its end: nobody knows how many those are."""
+        if cut := next((f for f in self.faults if f.kind == "unreadable"), None):
+            raise DataError(f"{cut}; mend the file, or leave it out")
         lost = self.lost
         if lost > max_rate * records or (records and lost >= records):
             first = next(f for f in self.faults if f.kind not in KEPT)
             raise DataError(
-                f"{first}; {lost} of {records} records ({lost / records:.2%}) cannot be used, {max_rate:.2%} are allowed: "
-                "mend what `hypervl data check` lists, or raise --max-rate"
+                f"{first}; {lost} of {records} records ({lost / records:.2%}) cannot be used, {max_rate:.2%} are "
+                "allowed: mend what `hypervl data check` lists, or raise --max-rate"
             )
 
     def write(self, path: Path) -> None:

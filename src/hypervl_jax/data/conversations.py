@@ -46,7 +46,7 @@ class Refused(ValueError):
 
 
 KINDS = {  # kind of fault -> what it is
-    "unreadable": "a file that is damaged or cut short: what follows in it is not read",
+    "unreadable": "a file that is damaged or cut short: what follows there is not read",
     "not-utf8": "bytes that are no UTF-8",
     "bad-json": "no JSON",
     "duplicate-key": "an object with the same key twice",

@@ -217,7 +217,7 @@ def _array(path: Path) -> Iterator[Row]:
         except (ValueError, RecursionError) as e:
             where = getattr(e, "pos", at)
             said = f"{getattr(e, 'msg', str(e))[:120]}; the rest of the file cannot be read"
-            yield Row(line + text.count("\n", at, where), Refused("bad-json", said))
+            yield Row(line + text.count("\n", at, where), Refused("unreadable", said))
             return
         if bad := _ESCAPED.search(text, at, end):
             byte = ord(bad[0]) - 0xDC00
@@ -229,11 +229,11 @@ def _array(path: Path) -> Iterator[Row]:
         elif text[at : at + 1] != "]":
             line += text.count("\n", counted, at)
             said = "expected , or ] after a record; the file may be cut short, the rest of it cannot be read"
-            yield Row(line, Refused("bad-json", said))
+            yield Row(line, Refused("unreadable", said))
             return
     if text[at + 1 :].strip():
         line += text.count("\n", counted, at + 1)
-        yield Row(line, Refused("bad-json", f"more after the list: {text[at + 1 :].strip()[:40]!r}"))
+        yield Row(line, Refused("unreadable", f"more after the list: {text[at + 1 :].strip()[:40]!r}"))
 
 
 def _mixture(path: Path) -> list[Part] | None:
