@@ -278,36 +278,14 @@ def test_damaged_records(lines, whole, folder, checked):
 
 WORDS = ["a.png", "<image>", "user", "gpt", "image", "text", "data:,", "x://y"]
 INNER = [
-    "role",
-    "from",
-    "value",
-    "content",
-    "type",
-    "text",
-    "image",
-    "image_url",
-    "url",
-    "bytes",
-    "path",
-    "user",
-    "assistant",
-    "weight",
+    "role", "from", "value", "content", "type", "text", "image",
+    "image_url", "url", "bytes", "path", "user", "assistant", "weight",
     "tool_calls",
-]
+]  # fmt: skip
 OUTER = [
-    "id",
-    "image",
-    "images",
-    "messages",
-    "conversations",
-    "texts",
-    "question",
-    "answer",
-    "caption",
-    "text",
-    "system",
-    "video",
-]
+    "id", "image", "images", "messages", "conversations", "texts", "question",
+    "answer", "caption", "text", "system", "video",
+]  # fmt: skip
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(WORDS)
 values = st.recursive(
     leaves,

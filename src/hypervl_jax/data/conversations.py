@@ -136,9 +136,9 @@ def parse(raw: Any, find: Find, file: str, line: int) -> Conversation:
     messages, pictures, waiting = [], [], list(listed)
     for n, (role, content) in enumerate(turns, 1):
         parts: list[dict[str, str]] = []
-        front = [] if placed or n > 1 else [None] * len(listed)
-        for part in (*front, *_parts(content, n, placed and role == "user")):
-            if isinstance(part, str):
+        front = [] if placed or n > 1 else [("image", None)] * len(listed)
+        for kind, part in (*front, *_parts(content, n, placed and role == "user")):
+            if kind == "text":
                 if bad := _BAD_TEXT.search(part):
                     raise Refused(
                         "bad-text", f"message {n}: U+{ord(bad[0]):04X} at {part[: bad.start()][-20:]!r}; mend it"
@@ -222,30 +222,27 @@ def _turn(message: Any, n: int) -> tuple[str, Any]:
     return ROLES[role], _first(message, "content", "value")
 
 
-def _parts(content: Any, n: int, places: bool) -> Iterator[Any]:
-    """Texts, None for the next of the listed pictures, anything else: the value of a picture."""
+def _parts(content: Any, n: int, places: bool) -> Iterator[tuple[str, Any]]:
+    """("text", the words) and ("image", the value of a picture, or None for the next of the listed ones)."""
     if isinstance(content, str):
-        if not places:
-            yield content
-            return
-        before, *after = content.split(IMAGE)
-        yield before
-        for text in after:
-            yield None
-            yield text.removeprefix("\n")  # the template writes it
+        before, *after = content.split(IMAGE) if places else [content]
+        yield "text", before
+        for words in after:
+            yield "image", None
+            yield "text", words.removeprefix("\n")  # the template writes it
         return
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise Refused("bad-record", f"message {n}: expected text or a list of parts, found {_short(content)}")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            yield part["text"]
+            yield "text", part["text"]
         elif kind == "image":
-            yield _first(part, "image", "path", "url")
+            yield "image", _first(part, "image", "path", "url")
         elif kind == "image_url":
             value = part.get("image_url")
             value = value.get("url") if isinstance(value, Mapping) else value
-            yield 0 if value is None else value  # no picture at all, which `_picture` refuses
+            yield "image", 0 if value is None else value  # no picture at all, which `_picture` refuses
         else:
             raise Refused("bad-record", f"message {n}: neither text nor a picture: {_short(part)}")
 

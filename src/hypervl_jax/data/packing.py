@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -26,6 +26,7 @@ from hypervl_jax.tokens import Tokenizer
 OPEN = 16  # rows of a bucket that may still grow; when there are more, the fullest is done
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to conversations (`prepared.Records`), and how often an epoch shows each."""
 
