@@ -140,7 +140,7 @@ def _quiet() -> Iterator[None]:
 
 def _open(folder: Path) -> Any:
     """The read-only builder of the one data set at or below `folder`."""
-    found = sorted({p.parent for p in folder.glob("**/dataset_info.json")})
+    found = sorted(p.parent for depth in range(4) for p in folder.glob("*/" * depth + "dataset_info.json"))
     if len(found) != 1:
         what = ", ".join(str(p.relative_to(folder)) for p in found[:5]) if found else "none here"
         raise DataError(f"{folder}: give the folder of one prepared data set (with dataset_info.json; {what})")
@@ -165,13 +165,6 @@ def splits(folder: Path) -> dict[str, float]:
     return {s: float(repeat.get(s, 1.0)) for s in builder.info.splits}
 
 
-def rows(folder: Path, split: str) -> Iterator[readers.Row]:
-    """Every record of a split, as `conversations.parse` takes it."""
-    held = Records(folder, split)
-    for i in range(len(held)):
-        yield readers.Row(i + 1, held.raw(i))
-
-
 class Records:
     """Random access to one split: `records[i]` is a `Conversation` whose pictures are bytes, with their sizes."""
 
@@ -181,7 +174,10 @@ class Records:
         if split not in builder.info.splits:
             raise DataError(f"{folder}: no split {split!r}; there are {', '.join(builder.info.splits)}")
         self._pictures = {k for k, f in builder.info.features.items() if _is_picture(f)}
-        self._records = builder.as_data_source(split, decoders={k: _Bytes() for k in self._pictures})
+        try:
+            self._records = builder.as_data_source(split, decoders={k: _Bytes() for k in self._pictures})
+        except Exception as e:  # so do shards that are missing
+            raise DataError(f"{folder}: split {split} cannot be opened ({type(e).__name__}: {str(e)[:120]})") from e
         self.repeat = float((builder.info.metadata or {}).get("repeat", {}).get(split, 1.0))
 
     def __len__(self) -> int:
@@ -193,6 +189,8 @@ class Records:
             return {k: _plain(v, k in self._pictures) for k, v in self._records[int(index)].items()}
         except UnicodeDecodeError as e:
             return Refused("not-utf8", f"a text of this record: {e}")
+        except Exception as e:  # damaged shards raise whatever the library's reader does
+            return Refused("unreadable", f"{type(e).__name__}: {str(e)[:120]}")
 
     def __getitem__(self, index: int) -> Conversation:
         """Raises `DataError` for a record that is no conversation."""
@@ -200,7 +198,7 @@ class Records:
         try:
             if isinstance(raw, Refused):
                 raise raw
-            c = parse(raw, _named, f"{self.folder}/{self.split}", int(index) + 1)
+            c = parse(raw, named, f"{self.folder}/{self.split}", int(index) + 1)
         except Refused as e:
             raise DataError(f"{self.folder}/{self.split}:{index + 1}: {e.kind}: {e.reason}") from e
         sizes = json.loads(raw["sizes"]) if "sizes" in raw else [None] * len(c.pictures)
@@ -230,5 +228,6 @@ def _plain(value: Any, picture: bool) -> Any:
     return value.decode("utf-8") if isinstance(value, bytes) and not picture else value
 
 
-def _named(name: str) -> Picture:
+def named(name: str) -> Picture:
+    """Refuses: a record here may not name a file."""
     raise Refused("image-missing", f"{name:.200}: a prepared data set holds its pictures; this record names a file")

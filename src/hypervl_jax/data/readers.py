@@ -38,6 +38,11 @@ class Part(NamedTuple):
     says: int | None = None
     split: str | None = None
 
+    @property
+    def file(self) -> str:
+        """What its records and faults say they are of."""
+        return str(self.path if self.split is None else self.path / self.split)
+
 
 def parts(paths: list[Path], root: Path | None = None) -> list[Part]:
     """The annotations behind `paths`: each itself, those a mixture names, the splits of a prepared data set.
@@ -72,7 +77,8 @@ def read(part: Part) -> Iterator[Conversation | Fault]:
     if part.split is not None:
         from hypervl_jax.data import prepared
 
-        yield from _parsed(part, prepared.rows(part.path, part.split), _nowhere)
+        records = prepared.Records(part.path, part.split)
+        yield from _parsed(part, (Row(i + 1, records.raw(i)) for i in range(len(records))), prepared.named)
         return
     kind = part.path.suffix.lower()
     rows: Callable[[Path], Iterator[Row]] = _array if kind in JSON else _lines if kind in LINES else _parquet
@@ -91,19 +97,19 @@ def _parsed(part: Part, rows: Iterator[Row], find: Callable[[str], Picture]) -> 
     count = 0
     for line, value in rows:
         count += 1
-        yield _one(part.path, line, value, find)
+        yield _one(part.file, line, value, find)
     if part.says is not None and count != part.says:
         reason = f"the mixture says {part.says} records, there are {count}: correct its length, or look for the rest"
-        yield Fault(str(part.path), max(count, 1), "wrong-length", reason)
+        yield Fault(part.file, max(count, 1), "wrong-length", reason)
 
 
-def _one(path: Path, line: int, value: Any, find: Callable[[str], Picture]) -> Conversation | Fault:
+def _one(file: str, line: int, value: Any, find: Callable[[str], Picture]) -> Conversation | Fault:
     try:
         if isinstance(value, Refused):
             raise value
-        return parse(value, find, str(path), line)
+        return parse(value, find, file, line)
     except Refused as e:
-        return Fault(str(path), line, e.kind, e.reason)
+        return Fault(file, line, e.kind, e.reason)
 
 
 class _Inside:
@@ -132,10 +138,6 @@ class _Inside:
         except (OSError, ValueError, RuntimeError) as e:  # zero bytes, links in a circle, names too long
             raise Refused("image-missing", f"{name!r:.200}: no path ({getattr(e, 'strerror', None) or e})") from e
         return Picture(name, real)
-
-
-def _nowhere(name: str) -> Picture:
-    raise Refused("image-missing", f"{name:.200}: a prepared data set holds its pictures; this record names a file")
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -315,14 +317,14 @@ def _tar(part: Part) -> Iterator[Conversation | Fault]:
                         yield _sample(part, count, key or "", sample)
                     sample, key, count = {}, stem, count + 1
                 if not member.isfile() or (file := tar.extractfile(member)) is None:
-                    yield Fault(str(part.path), count, "symlink-escape", f"{name}: a link; a tar must hold files")
+                    yield Fault(part.file, count, "symlink-escape", f"{name}: a link; a tar must hold files")
                     continue
                 sample[member.name] = file.read(image.MAX_BYTES + 1)
         if sample:
             yield _sample(part, count, key or "", sample)
     except Exception as e:  # damaged archives raise anything from ReadError to zlib's own
         reason = f"{type(e).__name__}: {str(e)[:120]}; the rest is not read"
-        yield Fault(str(part.path), count + 1, "unreadable", reason)
+        yield Fault(part.file, count + 1, "unreadable", reason)
 
 
 def _sample(part: Part, count: int, key: str, files: dict[str, bytes]) -> Conversation | Fault:
@@ -355,7 +357,7 @@ def _sample(part: Part, count: int, key: str, files: dict[str, bytes]) -> Conver
             raw = {**raw, "images": pictures}
         return {"id": key, **raw} if isinstance(raw, dict) else raw
 
-    return _one(part.path, count, value(), find)
+    return _one(part.file, count, value(), find)
 
 
 def _names_pictures(raw: dict[str, Any]) -> bool:
