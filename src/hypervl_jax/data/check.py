@@ -223,4 +223,5 @@ def check(
                 looked = sum(p.vit_flops(cfg.vit(branch)) + cost.projector_flops(p, cfg, branch) for p in seen.plans)
                 flops[branch] += looked + cost.llm_flops(cfg.llm, n)
     bar.close()
-    return Report(records, ledger, *np.array(rows, np.int64).reshape(-1, 4).T, flops)
+    tokens, visual, answers, tiles = np.array(rows, np.int64).reshape(-1, 4).T
+    return Report(records, ledger, tokens, visual, answers, tiles, flops)

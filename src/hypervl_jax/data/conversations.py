@@ -136,7 +136,7 @@ def parse(raw: Any, find: Find, file: str, line: int) -> Conversation:
     messages, pictures, waiting = [], [], list(listed)
     for n, (role, content) in enumerate(turns, 1):
         parts: list[dict[str, str]] = []
-        front = [] if placed or n > 1 else [("image", None)] * len(listed)
+        front: list[tuple[str, Any]] = [] if placed or n > 1 else [("image", None)] * len(listed)
         for kind, part in (*front, *_parts(content, n, placed and role == "user")):
             if kind == "text":
                 if bad := _BAD_TEXT.search(part):
