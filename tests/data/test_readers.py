@@ -100,6 +100,17 @@ def test_lines_of_json_under_another_name_and_a_byte_order_mark(root):
     assert [r.id for r in records(file)] == ["0", "1"]
 
 
+@pytest.mark.parametrize("long", [101, 350, 1000])
+def test_a_line_that_is_too_long_is_told_of_and_the_next_is_read(long, root, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST", 100)
+    file = root / "a.jsonl"
+    short = json.dumps({"id": "s", "caption": "c"})
+    file.write_text("\n".join([short, "x" * long, short, json.dumps({"id": "y" * long})]))
+    first, fault, second, last = records(file)
+    assert (first.line, second.line) == (1, 3)
+    assert [(f.line, f.kind) for f in (fault, last)] == [(2, "bad-json"), (4, "bad-json")]
+
+
 def test_a_record_without_an_id_is_called_by_its_place(root):
     file = root / "a.jsonl"
     file.write_text(json.dumps(SHAPES["llava"]))
