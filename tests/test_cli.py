@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hypervl_jax import cli, config, needs, presets
+from hypervl_jax import cli, config, needs, preparing, presets
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def snapshot(folder):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", [*(v for v in cli.VERBS if v != "data"), *(f"data {v}" for v in preparing.VERBS)])
 def test_help_teaches(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     assert f"For example: │ │ hypervl {verb} " in said or f"For example: hypervl {verb} " in said

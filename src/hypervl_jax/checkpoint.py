@@ -129,6 +129,23 @@ def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None
     Raises `CheckpointError`, `ConfigError` or `TextError` naming the file that does not fit.
     """
     path = find_model(name)
+    cfg, info = _described(path)
+    want = expected(cfg)
+    bits = quantize.BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is not None and shardings is not None:
+        raise ValueError(f"{dtype} weights are read onto one device: leave out shardings")
+    pack, dtype = (quantize.packer(bits), np.float32) if bits is not None else (None, dtype)
+    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings, pack)
+    return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
+
+
+def load_config(name: Path | str) -> ModelConfig:
+    """The settings of a model directory without its weights. Raises as `load_model` does."""
+    return _described(find_model(name))[0]
+
+
+def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """What the config.json of a model says."""
     where = path / CONFIG
     try:
         values = json.loads(where.read_text())
@@ -146,13 +163,7 @@ def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None
     scale = info.get("vrc_scale", 1.0) if isinstance(info, dict) else 0
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: info: expected a table, its vrc_scale above 0, found {reprlib.repr(info)}")
-    want = expected(cfg)
-    bits = quantize.BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is not None and shardings is not None:
-        raise ValueError(f"{dtype} weights are read onto one device: leave out shardings")
-    pack, dtype = (quantize.packer(bits), np.float32) if bits is not None else (None, dtype)
-    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings, pack)
-    return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
+    return cfg, info
 
 
 class Checkpoints:

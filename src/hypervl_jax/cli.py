@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from hypervl_jax import __version__, needs
+from hypervl_jax import __version__, needs, preparing
 from hypervl_jax.asking import ask, chat, tokens
 from hypervl_jax.config import BRANCHES, SEEDS, SIDE, Branch
 
@@ -190,6 +190,7 @@ VERBS = {
     "eval": evaluate,
     "export": export,
     "convert": convert,
+    "data": preparing.data,
 }
 ABOUT = """A vision-language model for phones, in JAX: ask it, train it, export it, make it of published weights.
 
@@ -205,8 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     if argv in (["--version"], ["-V"]):
         print(f"hypervl {__version__}")
         return
+    verbs, prog, about = VERBS, "hypervl", ABOUT
+    if argv[:1] == ["data"]:
+        verbs, prog, about, argv = preparing.VERBS, "hypervl data", preparing.data.__doc__, argv[1:]
     try:
-        tyro.extras.subcommand_cli_from_dict(VERBS, prog="hypervl", description=ABOUT, args=argv or ["--help"])
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=argv or ["--help"])
     except KeyboardInterrupt:
         print("\nhypervl: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)

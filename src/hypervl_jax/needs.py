@@ -15,6 +15,7 @@ DEFAULT = "nano"  # weights that ship
 EXTRAS = {  # what an extra brings -> the extra
     "tensorflow_datasets": "train",
     "grain": "train",
+    "array_record": "train",
     "ai_edge_litert": "export",
 }
 
