@@ -1,14 +1,18 @@
 """Decoding: one program, a stream and a full forward for every token give the same answer; padding gives nothing; what
 is drawn from is what a float64 oracle draws from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import generate, plan, text
+from hypervl_jax import generate, plan, presets, text
+from hypervl_jax.config import LlmConfig
 from hypervl_jax.generate import GREEDY, Sampler, SamplerError
 from hypervl_jax.model import hypervl, llm
+from hypervl_jax.model.layers import unstack
 
 NEW = 8
 NEVER = 511  # an end that cannot come: it is forbidden
@@ -295,3 +299,20 @@ def test_the_penalty_counts_prompt_and_answer(run, batch, prompts, streamed, ans
 def test_a_sampler_that_cannot_be_is_refused(bad, why):
     with pytest.raises(SamplerError, match=why):
         Sampler(**bad)
+
+
+def test_a_step_copies_no_cache():
+    """By the compiler's account: beside its arguments a step needs less than one of the caches it was given."""
+    c = LlmConfig(vocab=64, width=32, depth=2, heads=4, kv_heads=2, head_dim=32, mlp=64)
+    cfg = dataclasses.replace(presets.tiny().model, llm=c)
+    one = jnp.zeros((1, 1), jnp.int32)
+    args = jnp.zeros((1, 1, c.width)), one, jnp.ones((1, 1, 1), bool)
+    params = jax.eval_shape(lambda key: unstack(llm.Llm(c).init(key, *args)["params"]), jax.random.key(0))
+    state = jax.eval_shape(lambda: generate.start(cfg, 1, 4096, jnp.dtype("float32")))
+
+    def step(params, state):
+        return generate.sample_step({"llm": params}, cfg, state, generate.GREEDY, jnp.zeros(c.vocab, bool), -1)
+
+    memory = jax.jit(step, donate_argnums=1).lower(params, state).compile().memory_analysis()
+    cache = state.caches[0].k
+    assert memory.temp_size_in_bytes < cache.size * cache.dtype.itemsize

@@ -36,15 +36,17 @@ def test_norms_are_those_of_the_textbook(offset):
     np.testing.assert_allclose(layers.RMSNorm(1e-6).apply({"params": {"weight": w}}, x), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("attention", [layers.attention, layers.row_attention])
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_shares_key_heads_among_neighbouring_queries(kv_heads):
+def test_attention_shares_key_heads_among_neighbouring_queries(kv_heads, rows, attention):
     """The oracle repeats every key head for its group, query by query; a row may see any subset."""
-    q, k, v = normal(2, 4, 5, 8), normal(2, kv_heads, 7, 8), normal(2, kv_heads, 7, 8)
-    mask = (RNG.random((2, 5, 7)) < 0.6) | (np.arange(7) == 0)
+    q, k, v = normal(2, 4, rows, 8), normal(2, kv_heads, 7, 8), normal(2, kv_heads, 7, 8)
+    mask = (RNG.random((2, rows, 7)) < 0.6) | (np.arange(7) == 0)
     scores = np.float64(q) @ np.repeat(k, 4 // kv_heads, 1).swapaxes(2, 3) / np.sqrt(8)
     probs = np.where(mask[:, None], np.exp(scores), 0)
     want = probs / probs.sum(-1, keepdims=True) @ np.repeat(v, 4 // kv_heads, 1)
-    np.testing.assert_allclose(layers.attention(q, k, v, jnp.asarray(mask)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(attention(q, k, v, jnp.asarray(mask)), want, rtol=1e-5, atol=1e-5)
 
 
 def test_hidden_keys_have_no_effect_and_a_row_that_sees_nothing_stays_finite():

@@ -176,6 +176,20 @@ def attention(
     return jnp.einsum("bkqs,bksd->bkqd", probs.astype(v.dtype), v).reshape(b, h, l, d)
 
 
+def row_attention(
+    q: Float[Array, "B H L d"], k: Float[Array, "B K S d"], v: Float[Array, "B K S d"], mask: Bool[Array, "B #L S"]
+) -> Float[Array, "B H L d"]:
+    """`attention`, of a single row by sums of products. XLA's CPU backend makes four copies of a cache that a row was
+    written to and is then multiplied by; sums it computes where the cache lies."""
+    b, h, l, d = q.shape
+    if l > 1:
+        return attention(q, k, v, mask)
+    rows = q.astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
+    scores = (rows * k[:, :, None]).sum(-1) * d**-0.5
+    probs = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e30)[:, None], axis=-1)
+    return (probs[..., None] * v[:, :, None]).sum(-2).reshape(b, h, 1, d).astype(v.dtype)
+
+
 class Stack(nn.Module):
     """`depth` blocks over one stacked parameter tree: `nn.scan` to train, a loop to export and decode, remat in both.
 

@@ -6,7 +6,7 @@ Axes: B batch, L sequence, S cache length, H heads, K kv heads, d head width, D 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from hypervl_jax.config import LlmConfig
-from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, matmul, take
+from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, matmul, row_attention, take
 from hypervl_jax.quantize import Quantized
 
 
@@ -59,6 +59,7 @@ def segment_mask(segments: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
 
 class Block(nn.Module):
     cfg: LlmConfig
+    attend: ClassVar = staticmethod(attention)
 
     @nn.compact
     def __call__(
@@ -79,11 +80,17 @@ class Block(nn.Module):
             k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at, allow_negative_indices=False)
             v = jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at, allow_negative_indices=False)
             cache = KVCache(k, v)
-        y = rearrange(attention(q, k, v, mask), "b h l d -> b l (h d)")
+        y = rearrange(self.attend(q, k, v, mask), "b h l d -> b l (h d)")
         x = x + Linear(c.width, bias=False, name="o")(y)
         y = RMSNorm(c.eps, name="norm2")(x)
         y = jax.nn.silu(Linear(c.mlp, bias=False, name="gate")(y)) * Linear(c.mlp, bias=False, name="up")(y)
         return x + Linear(c.width, bias=False, name="down")(y), cache
+
+
+class RowBlock(Block):
+    """For decoding on a CPU; the same numbers."""
+
+    attend: ClassVar = staticmethod(row_attention)
 
 
 class Llm(nn.Module):
@@ -92,6 +99,7 @@ class Llm(nn.Module):
     cfg: LlmConfig
     scan: bool = True
     remat: bool = False
+    block: type[Block] = Block
 
     @nn.compact
     def __call__(
@@ -109,7 +117,9 @@ class Llm(nn.Module):
         if not c.tied:
             self.param("head", nn.initializers.normal(c.width**-0.5), (c.vocab, c.width))
         cos, sin = rotary(positions, c.head_dim, c.rope_theta)
-        x, caches = Stack(Block, c, c.depth, self.scan, self.remat, name="blocks")(x, caches, cos, sin, mask, start)
+        x, caches = Stack(self.block, c, c.depth, self.scan, self.remat, name="blocks")(
+            x, caches, cos, sin, mask, start
+        )
         return RMSNorm(c.eps, name="norm")(x), caches
 
 
