@@ -1,6 +1,8 @@
 """Golden numbers of the official PyTorch code, real weights, and a light network that costs little to compile."""
 
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +19,23 @@ def rescaling(shared):
     return path
 
 
+def turned(file):
+    """The arrays of a golden file, those called `..._nchw` turned to NHWC and called without it."""
+    with np.load(file) as arrays:
+        nhwc = {k: np.moveaxis(v, 1, -1) if k.endswith("_nchw") else v for k, v in arrays.items()}
+    return {k.removesuffix("_nchw"): v for k, v in nhwc.items()}
+
+
 @pytest.fixture(scope="session")
 def golden(rescaling):
-    """A golden file by name: its arrays, those called `..._nchw` turned to NHWC and called without it."""
+    """A golden file of the shared data by name."""
+    return lambda name: turned(rescaling / "golden" / f"{name}.npz")
 
-    def golden(name):
-        with np.load(rescaling / "golden" / f"{name}.npz") as arrays:
-            turned = {k: np.moveaxis(v, 1, -1) if k.endswith("_nchw") else v for k, v in arrays.items()}
-        return {k.removesuffix("_nchw"): v for k, v in turned.items()}
 
-    return golden
+@pytest.fixture(scope="session")
+def local_golden():
+    """A golden file of this repository by name: what the official code made of weights that `drawn` draws."""
+    return lambda name: turned(Path(__file__).parents[1] / "golden" / f"{name}.npz")
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +60,32 @@ def shaken():
         return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32), shapes)
 
     return shaken
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """Weights that anyone can draw again: each tensor, in PyTorch's layout, from the checksum of its name."""
+    from hypervl_jax.rescale import weights
+
+    def one(name, shape):
+        n = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
+        if name.endswith("permute.weight"):
+            return np.eye(shape[0]) + 0.05 * n
+        if name.endswith("running_var"):
+            return 1 + 0.5 * np.tanh(n)
+        inputs = np.prod(shape[1:])
+        return n / inputs**0.5 if len(shape) > 1 and max(shape) < inputs else 0.1 * n
+
+    def drawn(net):
+        tensors = {}
+        for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(net.init, jax.random.key(0))):
+            name, shape = ".".join(p.key for p in path), leaf.shape
+            if len(shape) >= 4:
+                shape = (*shape[:-4], shape[-1], shape[-2], shape[-4], shape[-3])
+            tensors[name] = one(name, shape).astype(np.float32)
+        return weights.fit(net, tensors, "drawn")
+
+    return drawn
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ class Scene(NamedTuple):
 def descend(
     pair: Pair,
     hr: Pictures,
-    config: HcdConfig = HcdConfig(),  # noqa: B008 - frozen
+    config: HcdConfig = HcdConfig(),
     key: Array | None = None,
     driver: Literal["auto", "host", "scan"] = "auto",
 ) -> HCDResult:

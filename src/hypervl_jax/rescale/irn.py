@@ -7,7 +7,6 @@ Axes: B batch, H W picture, h w small picture, C channels of a stage, D channels
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,20 +49,22 @@ class Coupling(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], inverse: bool = False) -> Float[Array, "B H W C"]:
         low, detail = x[..., :3], x[..., 3:]
-        width = detail.shape[-1]
-        if self.kind == "dense":
-            reduce = lambda d: d  # noqa: E731
-            f, g, h = (DenseBlock(n, self.growth, name=name) for n, name in ((3, "F"), (width, "G"), (width, "H")))
+        width, light = detail.shape[-1], self.kind == "light"
+        if light:
+            f, g, h = (LightBlock(n, w, name=k) for n, w, k in ((3, 0.5, "F"), (width, 3.0, "G"), (width, 3.0, "H")))
         else:
-            thin = Conv(width // 2, 1, name="reduce_conv.0")
-            reduce = lambda d: leaky(thin(d))  # noqa: E731
-            f, g, h = LightBlock(3, 0.5, name="F"), LightBlock(width, 3.0, name="G"), LightBlock(width, 3.0, name="H")
+            f, g, h = (DenseBlock(n, self.growth, name=k) for n, k in ((3, "F"), (width, "G"), (width, "H")))
+        thin = Conv(width // 2, 1, name="reduce_conv.0")
+
+        def shift(detail: Array) -> Array:
+            return f(leaky(thin(detail)) if light else detail)
+
         if not inverse:
-            low = low + f(reduce(detail))
+            low = low + shift(detail)
         s = jnp.tanh(h(low) / 2)
         detail = (detail - g(low)) / jnp.exp(s) if inverse else detail * jnp.exp(s) + g(low)
         if inverse:
-            low = low - f(reduce(detail))
+            low = low - shift(detail)
         return jnp.concatenate([low, detail], -1)
 
 

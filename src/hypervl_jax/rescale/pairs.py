@@ -31,7 +31,7 @@ class Network(Protocol):
     """See the top of this module. Hashable: programs are compiled for it."""
 
     @property
-    def scale(self) -> int: ...
+    def scale(self) -> int | float: ...
     def init(self, key: Array) -> Params: ...
     def down(self, params: Params, hr: Float[Array, "B H W 3"]) -> Float[Array, "B h w 3"]: ...
     def up(self, params: Params, lr: Float[Array, "B h w 3"], key: Key = None) -> Float[Array, "B H W 3"]: ...
@@ -46,7 +46,7 @@ class Pair:
     params: Params = field(default_factory=dict)
 
     @property
-    def scale(self) -> int:
+    def scale(self) -> int | float:
         return self.net.scale
 
     def down(self, hr: Float[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
