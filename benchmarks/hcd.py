@@ -1,8 +1,8 @@
 """HCD with real weights on real pictures: plain, small picture moved, both moved; dB and SSIM an image and on average.
 
-FIRN x4 and IMDN x2, x4 at the official setting, each restored with `--draws` draws of noise. Set5 carries the bars, Set14
-is printed beside it. `--quick` takes one batch of 96 x 96 crops of Set5 with FIRN and the budget of a 256 x 256 picture.
-Pictures and weights: `--data`, laid out as its SOURCES.md says.
+FIRN x4 and IMDN x2, x4 at the official setting, each restored with `--draws` draws of noise. Set5 carries the bars,
+Set14 is printed beside it. `--quick` takes one batch of 96 x 96 crops of Set5 with FIRN and the budget of a 256 x 256
+picture. Pictures and weights: `--data`, laid out as its SOURCES.md says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hypervl_jax.rescale.pairs import Pair
 CROP = 96
 WAYS = {"plain": HcdConfig(hr_steps=0, lr_steps=0), "LR15": HcdConfig(hr_steps=0), "HR15+LR15": HcdConfig()}
 FIGURES = ("psnr_y", "ssim_y", "psnr_rgb", "lr_psnr")
-# What the official networks gave with HCD written anew from its code (PSNR-Y, +-); and for the crops, the gain over plain
+# What the official networks gave, with HCD written anew from its code: PSNR-Y, SSIM, +- dB; of crops, the gain
 SET5 = {"plain": (33.573, 0.9186, 0.02), "LR15": (34.067, 0.9231, 0.04), "HR15+LR15": (34.230, 0.9254, 0.05)}
 IMDN = {(4, "plain"): 31.811, (4, "LR15"): 33.396, (2, "plain"): 37.778, (2, "LR15"): 38.803}  # without baby
 CROPS = {"LR15": 0.603, "HR15+LR15": 0.783}
@@ -138,6 +138,8 @@ def options(parser: ArgumentParser) -> None:
 
 def main() -> int:
     args = arguments(__doc__, more=options)
+    if not (args.data / "Set5").is_dir():
+        sys.exit(f"{args.data}: no pictures and weights there; name their folder with --data")
     compile_cache()
     found, bars = (quick if args.quick else full)(args.data, args.draws)
     return finish("hcd", found, bars, args, seeds=[0])
