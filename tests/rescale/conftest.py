@@ -20,9 +20,9 @@ def rescaling(shared):
 
 
 def turned(file):
-    """The arrays of a golden file, those called `..._nchw` turned to NHWC and called without it."""
+    """The arrays of a golden file: pictures in NHWC, without the `_nchw` of their names; weights ("w/") as they are."""
     with np.load(file) as arrays:
-        nhwc = {k: np.moveaxis(v, 1, -1) if k.endswith("_nchw") else v for k, v in arrays.items()}
+        nhwc = {k: np.moveaxis(v, 1, -1) if v.ndim == 4 and k[:2] != "w/" else v for k, v in arrays.items()}
     return {k.removesuffix("_nchw"): v for k, v in nhwc.items()}
 
 
