@@ -2,7 +2,7 @@
 
 The procedure is that of IRN (hence of HCD): cut to a multiple of the scale before shrinking (`modcrop`), crop `border`
 pixels (the scale) off each side of the result, compare.
-Axes: H W picture, C channels.
+Axes: N pictures, H W picture, C channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, UInt8
 LUMA = (65.481, 128.553, 24.966)  # ITU-R BT.601, of R, G, B in 0..1; beside an offset of 16
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian
 Channel = Literal["y", "rgb"]
-Picture = UInt8[np.ndarray, "H W 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
 
 
 def modcrop(pixels: UInt8[np.ndarray, "H W *C"], scale: int) -> UInt8[np.ndarray, "_ _ *C"]:
@@ -30,7 +30,7 @@ def to_u8(x: Float[np.ndarray, "*N H W 3"]) -> UInt8[np.ndarray, "*N H W 3"]:
     return np.rint(255 * np.clip(np.asarray(x), 0, 1)).astype(np.uint8)
 
 
-def luma(rgb: Picture) -> Float64[np.ndarray, "H W"]:
+def luma(rgb: Picture) -> Float64[np.ndarray, "_ _"]:
     """Y in 16..235, not rounded (MATLAB's rgb2ycbcr rounds; half of the field does, and reports up to 0.02 dB more)."""
     return 16 + rgb.astype(np.float64) @ (np.array(LUMA) / 255)
 
@@ -57,7 +57,7 @@ def ssim(a: Picture, b: Picture, border: int = 0, channel: Channel = "y") -> flo
     return float(out.mean())
 
 
-def planes(rgb: Picture, border: int, channel: Channel) -> Float64[np.ndarray, "_ _ C"]:
+def planes(rgb: Picture, border: int, channel: Channel) -> Float64[np.ndarray, "_ _ _"]:
     """What is compared: Y or RGB without its border, in float64. Raises `ValueError` if the border leaves nothing."""
     x = luma(rgb)[..., None] if channel == "y" else rgb.astype(np.float64)
     x = x[border : x.shape[0] - border, border : x.shape[1] - border]

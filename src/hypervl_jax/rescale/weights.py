@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypervl_jax.rescale.pairs import Network, Pair, Params
-from hypervl_jax.tensors import CheckpointError, header
+from hypervl_jax.tensors import CheckpointError, flatten, header
 
 UNUSED = re.compile(r".*\.haar_weights|.*\.num_batches_tracked|.*(sub|add)_mean\.(weight|bias)")  # constants, counters
 WRAPPERS = ("state_dict", "params_ema", "params", "model", "netG")  # keys that training scripts put around weights
@@ -46,7 +46,7 @@ def fit(net: Network, found: dict[str, np.ndarray], where: str) -> Params:
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     found = {k.removeprefix("module."): v for k, v in found.items()}
     found = {k: v for k, v in found.items() if not UNUSED.fullmatch(k)}
-    wanted = {_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
+    wanted = {name: leaf.shape for name, leaf in flatten(shapes).items()}
     wrong = [f"unknown {k}" for k in found.keys() - wanted.keys()]
     wrong += [f"missing {k}" for k in wanted.keys() - found.keys()]
     both = {k: _ours(np.asarray(found[k]), len(wanted[k])) for k in wanted.keys() & found.keys()}
@@ -60,11 +60,11 @@ def fit(net: Network, found: dict[str, np.ndarray], where: str) -> Params:
         raise CheckpointError(
             f"{where}: no weights of {net}: {len(wrong)} do not fit: {'; '.join(sorted(wrong)[:8])}{more}"
         )
-    return jax.tree.map_with_path(lambda path, _: jnp.asarray(both[_name(path)], jnp.float32), shapes)
 
+    def leaf(path: tuple, _: Any) -> jax.Array:
+        return jnp.asarray(both[".".join(p.key for p in path)], jnp.float32)
 
-def _name(path: tuple) -> str:
-    return ".".join(p.key for p in path)
+    return jax.tree.map_with_path(leaf, shapes)
 
 
 def _ours(x: np.ndarray, axes: int) -> np.ndarray:
