@@ -69,7 +69,8 @@ def test_the_restored_picture_is_better_by_as_much_as_the_official_one(firn_give
     pair, hr = firn_given
     up = jax.jit(pair.net.up)
     original = metrics.to_u8(np.asarray(hr[0]))
-    before = metrics.to_u8(np.asarray(up(pair.params, hcd._shrink(pair, hr))[0]))
+    plain = hcd.descend(pair, hr, HcdConfig(hr_steps=0, lr_steps=0)).lr
+    before = metrics.to_u8(np.asarray(up(pair.params, plain)[0]))
     after = metrics.to_u8(np.asarray(up(pair.params, whole.lr)[0]))
     for measure, name, tolerance in ((metrics.psnr, "psnr", 0.01), (metrics.ssim, "ssim", 1e-3)):
         assert measure(before, original, 4) == pytest.approx(trace[f"{name}_y_before"], abs=tolerance)
@@ -190,6 +191,14 @@ def test_a_batch_equals_its_images_one_by_one(pictures):
         np.testing.assert_allclose(together.hr[i], alone.hr[0], atol=1e-6)
         np.testing.assert_allclose(together.lr[i], alone.lr[0], atol=1e-6)
         np.testing.assert_allclose(together.lr_trace.loss[:, i], alone.lr_trace.loss[:, 0], rtol=1e-5)
+
+
+def test_keys_are_one_or_one_an_image_new_or_old(pictures):
+    new, old = jax.random.key(7), jax.random.PRNGKey(7)
+    np.testing.assert_array_equal(noise(new, (3, 2)), noise(old, (3, 2)))
+    np.testing.assert_array_equal(noise(new, (3, 2)), noise(jax.random.split(old, 3), (3, 2)))
+    with pytest.raises(ValueError, match="2 keys for 3 images"):
+        hcd.descend(PAIR, pictures, HcdConfig(), jax.random.split(new, 2))
 
 
 def test_drivers_agree_and_the_whole_is_one_program(pictures):

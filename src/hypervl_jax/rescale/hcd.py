@@ -158,12 +158,12 @@ def _loop(scene: Scene, config: HcdConfig, which: Literal["hr", "lr"], driver: s
     nothing = jnp.zeros((0, len(scene.base)))
     if not steps:
         return jnp.zeros_like(scene.base), Trace(nothing, nothing)
-    one = dataclasses.replace(config, hr_steps=0, lr_steps=0)  # what a step is, so that its program serves any number
+    # Only what a step depends on: its program then serves any number of steps, and whatever the other loop does
+    one = dataclasses.replace(config, hr_steps=0, lr_steps=0, hr=how, lr=how, eps_mode="absolute", target="original")
     state = _begin(scene, one, which)
     number = steps + (how.keep == "best")  # the last look is for the loss alone
     if driver == "scan":
-        body = functools.partial(_step, scene, one, which)
-        state, trace = lax.scan(lambda s, i: body(s, i), state, jnp.arange(number))
+        state, trace = lax.scan(functools.partial(_step, scene, one, which), state, jnp.arange(number))
     else:
         seen = []
         for i in range(number):
@@ -216,14 +216,14 @@ def _step(scene: Scene, config: HcdConfig, which: str, state: State, i: Array | 
         move, opt = jnp.sign(grad) if how.norm == "linf" else grad / (_wide(norms) + 1e-10), state.opt
     length = how.alpha if how.norm == "linf" or how.optimiser == "adam" else how.alpha * scene.size
     delta = _bound(state.delta - length * move, scene, how)
-    better = losses < state.best
-    resting = jnp.asarray(False) if not config.patience else state.waited >= config.patience
+    resting = (state.waited >= config.patience) if config.patience else jnp.zeros(len(losses), bool)
+    better = (losses < state.best) & ~resting
     after = State(
         jnp.where(_wide(resting), state.delta, delta),
         opt,
-        jnp.where(_wide(better & ~resting), state.delta, state.best_delta),
-        jnp.where(better & ~resting, losses, state.best),
-        jnp.where(better & ~resting, 0, state.waited + 1),
+        jnp.where(_wide(better), state.delta, state.best_delta),
+        jnp.where(better, losses, state.best),
+        jnp.where(better, 0, state.waited + 1),
     )
     return after, Trace(jnp.where(resting, jnp.nan, losses), jnp.where(resting, jnp.nan, norms))
 
@@ -250,7 +250,7 @@ def _norm(x: Pictures) -> Float[Array, " B"]:
 
 
 def _wide(x: Array) -> Array:
-    return x[:, None, None, None] if x.ndim else x
+    return x[:, None, None, None]
 
 
 def _fold(key: Array, n: Array | int) -> Array:

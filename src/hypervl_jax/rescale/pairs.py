@@ -78,7 +78,11 @@ def quantise(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def keys(key: Array, images: int) -> Array:
-    """One key an image: `key` itself if it is that, else drawn from it."""
+    """One key an image: `key` itself if it is that, else drawn from it. Raises `ValueError` for another number."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # the older form, `jax.random.PRNGKey`
+    if key.ndim and len(key) != images:
+        raise ValueError(f"{len(key)} keys for {images} images: pass one key, or one an image")
     return key if key.ndim else jax.random.split(key, images)
 
 
