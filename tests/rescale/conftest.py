@@ -73,8 +73,7 @@ def drawn():
             return np.eye(shape[0]) + 0.05 * n
         if name.endswith("running_var"):
             return 1 + 0.5 * np.tanh(n)
-        inputs = np.prod(shape[1:])
-        return n / inputs**0.5 if len(shape) > 1 and max(shape) < inputs else 0.1 * n
+        return n / np.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.1 * n
 
     def drawn(net):
         tensors = {}

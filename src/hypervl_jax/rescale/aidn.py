@@ -70,7 +70,7 @@ class Sample(nn.Module):
         at = [(np.arange(n, dtype=np.float32) + np.float32(0.5)) / np.float32(self.scale) for n in self.size]
         rows, columns = np.meshgrid(*(a - np.float32(0.5) for a in at), indexing="ij")
         within = np.meshgrid(*(a - np.floor(a + np.float32(1e-3)) - np.float32(0.5) for a in at), indexing="ij")
-        told = np.stack([np.full(self.size, 1 / self.scale, np.float32)] * 2 + within, -1)
+        told = np.stack([np.full(self.size, 1 / self.scale, np.float32)] * 2 + list(within), -1)
         here = jnp.broadcast_to(jnp.stack([jnp.array(columns), jnp.array(rows)], -1), (b, *self.size, 2))
         y = jnp.concatenate([jnp.broadcast_to(told, (b, *told.shape)), bilinear(x, here)], -1)
         for name in ("body.0", "body.2"):

@@ -100,7 +100,7 @@ def read(file: Path | str) -> dict[str, np.ndarray]:
 
 
 def _npz(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as arrays:
+    with file.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
