@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from hypervl_jax.rescale import metrics
@@ -133,7 +134,7 @@ def descend(
     """
     key = keys(jax.random.key(0) if key is None else key, len(hr))
     if driver == "auto":
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((pair, hr, key)))
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((pair, hr, key)))
         driver = "host" if jax.default_backend() == "cpu" and not traced else "scan"
     size = jnp.float32(1.0 if config.eps_mode == "absolute" else (hr.shape[1] * hr.shape[2]) ** 0.5 / PAPER_SIDE)
     delta, hr_trace = _loop(Scene(pair, hr, hr, size, key), config, "hr", driver)

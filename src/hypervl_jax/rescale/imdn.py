@@ -71,7 +71,7 @@ class Imdn:
         return Upscaler(self.scale, self.width, self.blocks)
 
     def init(self, key: Array) -> Params:
-        return self.net.init(key, jnp.zeros((1, 4, 4, 3)))["params"]
+        return self.net.init(key, jnp.zeros((1, 4, 4, 3)))["params"]  # type: ignore
 
     def down(self, params: Params, hr: Float[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
         return Bicubic(self.scale).down({}, hr)

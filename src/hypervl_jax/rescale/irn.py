@@ -106,7 +106,7 @@ class Irn:
         return Flow(self.blocks, self.kind, self.growth)
 
     def init(self, key: Array) -> Params:
-        return self.flow.init(key, jnp.zeros((1, self.scale, self.scale, 3)))["params"]
+        return self.flow.init(key, jnp.zeros((1, self.scale, self.scale, 3)))["params"]  # type: ignore
 
     def forward(self, params: Params, hr: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
         """Small picture and detail, what training looks at."""
