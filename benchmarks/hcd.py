@@ -54,7 +54,8 @@ def measure(pair: Pair, scale: int, hr: np.ndarray, ways: dict[str, HcdConfig], 
                 for a, b in zip(hr, restored, strict=True)
             ])  # fmt: skip
         near = [metrics.psnr(a, b, channel="rgb") for a, b in zip(lr, plain, strict=True)]
-        found[way] = [dict(zip(FIGURES, (*row, n), strict=True)) for row, n in zip(np.mean(rows, 0), near, strict=True)]
+        means = np.mean(rows, 0).tolist()
+        found[way] = [dict(zip(FIGURES, (*row, n), strict=True)) for row, n in zip(means, near, strict=True)]
     return found
 
 
@@ -99,7 +100,9 @@ def quick(data: Path, draws: int) -> tuple[dict, list[Bar]]:
     rows = measure(pair, 4, np.stack(list(middle.values())), ways, draws)
     found = {way: dict(zip(middle, r, strict=True)) for way, r in rows.items()}
     table("FIRN x4, crops of Set5", found)
-    bars = [Bar(f"hcd.crops_{way}_off", abs(np.mean(gains(found, way)) - CROPS[way]), 0.05, "<=") for way in CROPS]
+    bars = [
+        Bar(f"hcd.crops_{way}_off", abs(float(np.mean(gains(found, way))) - CROPS[way]), 0.05, "<=") for way in CROPS
+    ]
     return {"crops": found}, bars
 
 
