@@ -1,0 +1,121 @@
+"""The flows against the official code's numbers: channel order, couplings, counts, the way back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypervl_jax.rescale import weights
+from hypervl_jax.rescale.irn import Coupling, Irn, firn
+from hypervl_jax.rescale.layers import haar, pixel_shuffle, unhaar
+from hypervl_jax.rescale.pairs import quantise
+
+
+def count(net):
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
+
+
+@pytest.fixture(scope="module")
+def tiny(golden):
+    """(net, params, golden numbers): the official IRN x4 with blocks [2, 2] and growth 8."""
+    g, net = golden("irn_tiny_x4_blocks22_gc8"), Irn((2, 2), growth=8)
+    return net, weights.fit(net, {k[2:]: v for k, v in g.items() if k.startswith("w/")}, "golden"), g
+
+
+@pytest.mark.parametrize(
+    ("net", "number"),
+    [
+        (Irn((8,)), 1_667_952),
+        (Irn((8, 8)), 4_355_136),
+        (Irn((8, 8, 8)), 11_119_248),
+        (firn(), 320_880 - 240),  # less the Haar kernels, which its file holds too
+    ],
+)
+def test_published_parameter_counts(net, number):
+    assert count(net) == number
+
+
+def test_haar_is_the_official_one_and_goes_back(tiny, close):
+    _, _, g = tiny
+    close(haar(jnp.asarray(g["hr"])), g["haar1"], 1e-6)
+    close(unhaar(haar(jnp.asarray(g["hr"]))), g["hr"], 1e-6)
+
+
+def test_pixel_shuffle_counts_channels_as_pytorch():
+    x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+    np.testing.assert_array_equal(pixel_shuffle(x, 2)[0, :, :, 0], [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(pixel_shuffle(x, 2)[0, :, :, 1], [[4, 5], [6, 7]])
+
+
+def test_one_coupling_is_the_official_one(tiny, close):
+    _, params, g = tiny
+    got = Coupling(growth=8).apply({"params": params["operations.1"]}, jnp.asarray(g["haar1"]))
+    close(got, g["block1"])
+
+
+def test_forward_small_picture_and_inverse_are_the_official_ones(tiny, close):
+    net, params, g = tiny
+    forward = jax.jit(net.forward)(params, jnp.asarray(g["hr"]))
+    close(forward, g["fwd48"])
+    close(quantise(forward[..., :3]), g["lr"])
+    latent = jnp.concatenate([jnp.asarray(g["lr"]), jnp.asarray(g["z"])], -1)
+    close(jax.jit(net.inverse)(params, latent), g["up"])
+    close(jax.jit(net.inverse)(params, forward), g["hr"])
+
+
+def test_up_draws_the_detail(tiny, close):
+    net, params, g = tiny
+    lr, up = jnp.asarray(g["lr"]), jax.jit(net.up)
+    nothing = jnp.concatenate([lr, jnp.zeros((*lr.shape[:3], 45))], -1)
+    close(up(params, lr, None), jax.jit(net.inverse)(params, nothing))
+    one, other = (up(params, lr, jax.random.key(i)) for i in (0, 1))
+    assert np.abs(np.asarray(one) - np.asarray(other)).max() > 0.01
+
+
+def test_a_fresh_network_shrinks_by_the_mean():
+    net = Irn((1,), growth=2)
+    hr = jax.random.uniform(jax.random.key(0), (2, 4, 6, 3))
+    small = net.down(net.init(jax.random.key(1)), hr)
+    np.testing.assert_allclose(small, hr.reshape(2, 2, 2, 3, 2, 3).mean((2, 4)), atol=1e-6)
+
+
+def test_sides_that_do_not_divide_are_refused(tiny_pair):
+    with pytest.raises(ValueError, match="5 x 4 px is no multiple of 2"):
+        tiny_pair.down(jnp.zeros((1, 4, 5, 3)))
+
+
+def test_training_losses_and_gradients_are_the_official_ones(tiny, golden):
+    """The three terms of the published recipe, from the two directions alone."""
+    net, params, g = tiny
+    want, hr, z = golden("irn_tiny_train_step"), jnp.asarray(g["hr"]), jnp.asarray(g["z"])
+
+    def losses(params):
+        out = net.forward(params, hr)
+        small, detail = out[..., :3], out[..., 3:]
+        guide = 16 * ((small - jnp.asarray(want["lr_ref"])) ** 2).sum()
+        back = net.inverse(params, jnp.concatenate([quantise(small), z], -1))
+        charbonnier = jnp.sqrt((hr - back) ** 2 + 1e-6).sum()
+        terms = (guide, (detail**2).sum(), charbonnier)
+        return sum(terms), terms
+
+    (_, terms), grads = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
+    np.testing.assert_allclose(terms, [want["l_fit"], want["l_ce"], want["l_back"]], rtol=1e-5)
+    norms = {".".join(p.key for p in path): jnp.linalg.norm(x) for path, x in jax.tree.leaves_with_path(grads)}
+    named = {k[2:]: v for k, v in want.items() if k.startswith("g/")}
+    assert norms.keys() == named.keys()
+    for name, norm in norms.items():
+        np.testing.assert_allclose(norm, named[name], rtol=1e-3, err_msg=name)
+
+
+# --- FIRN, with its real weights -------------------------------------------------------------------------------------
+
+
+def test_firn_is_the_official_one(rescaling, golden, close):
+    g = golden("firn_x4_butterfly64")
+    pair = weights.load(firn(), rescaling / "weights" / "firn_x4.npz")
+    forward = jax.jit(pair.net.forward)(pair.params, jnp.asarray(g["hr_u8"][None], jnp.float32) / 255)
+    close(forward, g["fwd48"])
+    close(quantise(forward[..., :3]), g["lr"])
+    inverse = jax.jit(pair.net.inverse)
+    close(inverse(pair.params, jnp.concatenate([jnp.asarray(g["lr"]), jnp.asarray(g["z"])], -1)), g["up"])
+    close(inverse(pair.params, forward), g["hr_u8"][None] / 255)
