@@ -103,7 +103,7 @@ def extend(
     slots = jnp.arange(state.caches[0].k.shape[2])
     visible = (slots <= at[:, None]) & (slots >= state.pads[:, None, None])
     positions = jnp.maximum(at - state.pads[:, None], 0)
-    net = llm.Llm(cfg.llm, scan=False, block=llm.RowBlock if jax.default_backend() == "cpu" else llm.Block)
+    net = llm.Llm(cfg.llm, scan=False, block=llm.CpuBlock if jax.default_backend() == "cpu" else llm.Block)
     out: Any = net.apply({"params": params["llm"]}, x, positions, visible, state.caches, state.at)
     hidden, caches = out
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, 1, keepdims=False)

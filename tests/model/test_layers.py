@@ -36,7 +36,7 @@ def test_norms_are_those_of_the_textbook(offset):
     np.testing.assert_allclose(layers.RMSNorm(1e-6).apply({"params": {"weight": w}}, x), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", [layers.attention, layers.row_attention])
+@pytest.mark.parametrize("attention", [layers.attention, layers.cpu_attention])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_shares_key_heads_among_neighbouring_queries(kv_heads, rows, attention):
@@ -47,6 +47,16 @@ def test_attention_shares_key_heads_among_neighbouring_queries(kv_heads, rows, a
     probs = np.where(mask[:, None], np.exp(scores), 0)
     want = probs / probs.sum(-1, keepdims=True) @ np.repeat(v, 4 // kv_heads, 1)
     np.testing.assert_allclose(attention(q, k, v, jnp.asarray(mask)), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("scores", [1 << 20, 600, 64])  # bytes: all at once, a few blocks of rows, one row at a time
+def test_attention_a_block_at_a_time_is_attention(kv_heads, scores, monkeypatch):
+    monkeypatch.setattr(layers, "_SCORES", scores)
+    q, k, v = normal(1, 4, 11, 8), normal(1, kv_heads, 13, 8), normal(1, kv_heads, 13, 8)
+    for mask in ((RNG.random((1, 11, 13)) < 0.6) | (np.arange(13) == 0), np.arange(13)[None, None] < 9):
+        args = q, k, v, jnp.asarray(mask)
+        np.testing.assert_allclose(layers.cpu_attention(*args), layers.attention(*args), rtol=1e-5, atol=1e-6)
 
 
 def test_hidden_keys_have_no_effect_and_a_row_that_sees_nothing_stays_finite():

@@ -19,6 +19,7 @@ Weight = Array | np.ndarray | Quantized
 _NT = (((1,), (1,)), ((), ()))  # [M I] x [O I] -> [M O]
 _BLOCK = 2 << 20  # bytes of f32 weights that are made at a time: they stay in the cache
 _BLOCK_4 = 512 << 10  # the same of 4 bits for a single row
+_SCORES = 4 << 20  # bytes of attention scores
 
 
 class Linear(nn.Module):
@@ -176,18 +177,36 @@ def attention(
     return jnp.einsum("bkqs,bksd->bkqd", probs.astype(v.dtype), v).reshape(b, h, l, d)
 
 
-def row_attention(
+def cpu_attention(
     q: Float[Array, "B H L d"], k: Float[Array, "B K S d"], v: Float[Array, "B K S d"], mask: Bool[Array, "B #L S"]
 ) -> Float[Array, "B H L d"]:
-    """`attention`, of a single row by sums of products. XLA's CPU backend makes four copies of a cache that a row was
-    written to and is then multiplied by; sums it computes where the cache lies."""
+    """`attention` to decode with on a CPU. XLA's CPU backend makes four copies of a cache that a single row was written
+    to and is then multiplied by; sums of products it computes where the cache lies. Of many rows about one picture it
+    writes out all scores; here a block of them at a time, which stays in the cache."""
     b, h, l, d = q.shape
-    if l > 1:
+    if l == 1:
+        rows = q.astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
+        scores = (rows * k[:, :, None]).sum(-1) * d**-0.5
+        probs = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e30)[:, None], axis=-1)
+        return (probs[..., None] * v[:, :, None]).sum(-2).reshape(b, h, 1, d).astype(v.dtype)
+    heads, keys = k.shape[1:3]
+    if b > 1 or 4 * h * l * keys <= _SCORES:
         return attention(q, k, v, mask)
-    rows = q.astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
-    scores = (rows * k[:, :, None]).sum(-1) * d**-0.5
-    probs = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e30)[:, None], axis=-1)
-    return (probs[..., None] * v[:, :, None]).sum(-2).reshape(b, h, 1, d).astype(v.dtype)
+    many = h // heads * l
+    n = -(-many * keys * 4 // _SCORES)
+    size = -(-many // n)
+    rows = jnp.pad(q[0].reshape(heads, many, d), ((0, 0), (0, n * size - many), (0, 0))).reshape(heads, n, size, d)
+    seen = jnp.tile(jnp.broadcast_to(mask[0], (l, keys)), (h // heads, 1))
+    seen = jnp.pad(seen, ((0, n * size - many), (0, 0))).reshape(n, size, keys)
+
+    def head(of_head):
+        rows, k, v = of_head
+        return jax.lax.map(
+            lambda x: attention(x[0][None, None], k[None, None], v[None, None], x[1][None]), (rows, seen)
+        )
+
+    out = jax.lax.map(head, (rows, k[0], v[0]))
+    return out.reshape(heads, n * size, d)[:, :many].reshape(1, h, l, d)
 
 
 class Stack(nn.Module):

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from hypervl_jax.config import LlmConfig
-from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, matmul, row_attention, take
+from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, cpu_attention, matmul, take
 from hypervl_jax.quantize import Quantized
 
 
@@ -87,10 +87,10 @@ class Block(nn.Module):
         return x + Linear(c.width, bias=False, name="down")(y), cache
 
 
-class RowBlock(Block):
+class CpuBlock(Block):
     """For decoding on a CPU; the same numbers."""
 
-    attend: ClassVar = staticmethod(row_attention)
+    attend: ClassVar = staticmethod(cpu_attention)
 
 
 class Llm(nn.Module):
