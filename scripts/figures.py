@@ -95,7 +95,7 @@ def dcl(r: Result) -> list[str]:
         f"**DCL**, {len(r['seeds'])} seeds with and without the KL term on the same data:",
         f"the divergence of Base from Large falls to {percent(m['divergence_ratio'])} % of what it is without;",
         f"the branches give the same answer {agree} points more often,",
-        f"Base is right {base} points more often, Large {large}.",
+        f"the accuracy of Base changes by {base} points, that of Large by {large}.",
         f"Switching from Large to Base costs {on} points with the term, {off} without ({where(r)}).",
         *ablation(m),
     )
@@ -106,7 +106,8 @@ def ablation(m: dict[str, Any]) -> list[str]:
     if "names_gain" not in m:
         return []
     base, large = (f"{100 * m['names_gain'][b]['mean']:+.1f}" for b in ("base", "large"))
-    return [f"One more run without the image-name term: with it Base is right {base} points more often, Large {large}."]
+    text = f"with it the accuracy of Base differs by {base} points, that of Large by {large}."
+    return [f"One more run without the image-name term: {text}"]
 
 
 def export(r: Result) -> list[str]:

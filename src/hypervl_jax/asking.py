@@ -74,7 +74,7 @@ def ask(
         model: a model folder, or the name of weights that ship; with --runtime litert a folder written by `export`.
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink the picture as far as it can bear.
-        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: an eighth).
+        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: a seventh).
         runtime: jax, or litert: the exported .tflite files alone.
         max_tokens: the longest answer.
         explain_compile: list the programs that the answer needs, and why these.
@@ -152,7 +152,7 @@ def chat(
         model: a model folder, or the name of weights that ship.
         branch: which vision encoder looks: base is small and fast, large sees better.
         vrc: let the Visual Resolution Compressor shrink pictures as far as they can bear.
-        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: an eighth).
+        weights: kept in memory as f32, bf16, int8 (a quarter of it) or int4 (the decoder's projections: a seventh).
         system: an instruction that stands before the conversation.
         max_tokens: the longest answer.
         context: the longest conversation in tokens, beyond which the oldest turns are forgotten; default 40960.

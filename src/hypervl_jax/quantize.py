@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: which tensors, which integers, which scales. The same numbers the exported files have.
+"""Weights in 8 and 4 bits: which tensors, which integers, which scales.
 
 A matrix [O I] becomes symmetric integers with a scale a group of inputs: w ~ q * scale, |w - q * scale| <= scale / 2.
 In 8 bits a row is one group; in 4 bits, two to a byte, 32 inputs are one and scales are f16. The decoder's projections

@@ -190,7 +190,7 @@ def cpu_attention(
         probs = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e30)[:, None], axis=-1)
         return (probs[..., None] * v[:, :, None]).sum(-2).reshape(b, h, 1, d).astype(v.dtype)
     heads, keys = k.shape[1:3]
-    if b > 1 or 4 * h * l * keys <= _SCORES:
+    if b > 1 or 4 * h * l * keys <= _SCORES:  # several at once keep the cores busy as they are
         return attention(q, k, v, mask)
     many = h // heads * l
     n = -(-many * keys * 4 // _SCORES)

@@ -129,7 +129,7 @@ def descend(
 
     `key` is one key (default: seed 0), or one an image; every image has draws, norms and budgets of its own, so a batch
     equals its images one by one. "host" runs a compiled step from Python, "scan" is one program; "auto" takes the first
-    on CPUs, where XLA runs convolutions inside a loop ten times slower, except where this function is itself being
+    on CPUs, where XLA runs convolutions inside a loop far slower, except where this function is itself being
     transformed.
     """
     key = keys(jax.random.key(0) if key is None else key, len(hr))
