@@ -1,4 +1,6 @@
-"""AdamW by group: equal to optax's own, idle groups untouched, which weights decay, the learning rate's course."""
+"""AdamW and Muon by group: equal to their oracles, idle groups untouched, which weights decay, the rate over time."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from hypervl_jax import checkpoint, optim, tensors
 from hypervl_jax.config import TrainConfig
 
 CFG = TrainConfig(lr=0.05, weight_decay=0.1, clip=0.7)
+MUON = replace(CFG, optimizer="muon")
 
 
 def tree(seed):
@@ -37,15 +40,62 @@ def test_a_group_alone_is_optax_adamw_after_clipping():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
-def test_idle_groups_and_their_moments_come_back_as_they_are():
+def test_muon_steps_matrices_with_equal_singular_values_and_the_rest_with_adam():
+    params, grads = {"a": tree(0)}, [{"a": tree(seed)} for seed in (1, 2, 3)]
+    ours, opt, by_adam, adam = params, optim.init(MUON, params), params, optim.init(CFG, params)
+    momentum = np.zeros((3, 4))
+    for n, g in enumerate(grads, 1):
+        before = ours["a"]["fc"]["weight"]
+        ours, opt, norm = optim.update(MUON, jnp.float32(0.05), g, opt, ours)
+        by_adam, adam, _ = optim.update(CFG, jnp.float32(0.05), g, adam, by_adam)
+        clipped = np.asarray(g["a"]["fc"]["weight"], np.float64) * 0.7 / float(norm)
+        momentum = 0.95 * momentum + 0.05 * clipped
+        ahead = 0.95 * momentum / (1 - 0.95 ** (n + 1)) + 0.05 * clipped / (1 - 0.95**n)  # Nesterov, bias corrected
+        x = ahead / np.linalg.norm(ahead)
+        for _ in range(5):  # Newton-Schulz, with the published coefficients
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        want = np.asarray(before, np.float64) * (1 - 0.05 * 0.1) - 0.05 * 0.2 * 2 * x  # 2: the root of the longer side
+        np.testing.assert_allclose(ours["a"]["fc"]["weight"], want, rtol=2e-5, atol=2e-6)
+        values = np.linalg.svd(x, compute_uv=False)
+        assert 0.6 < values.min() <= values.max() < 1.3
+    for leaf in (("fc", "bias"), ("norm1", "weight"), ("norm1", "bias")):
+        np.testing.assert_array_equal(ours["a"][leaf[0]][leaf[1]], by_adam["a"][leaf[0]][leaf[1]])
+
+
+def test_muon_steps_a_stack_layer_by_layer():
+    rng = np.random.default_rng(0)
+    params, grads = (jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32) for _ in range(2))
+    rule = optim.transform(MUON)
+
+    def stepped(p, g):
+        p, g = ({"fc": {"weight": a}} for a in (p, g))
+        return rule.update(g, rule.init(p), p)[0]["fc"]["weight"]
+
+    alone = [stepped(p, g) for p, g in zip(params, grads, strict=True)]
+    np.testing.assert_allclose(stepped(params, grads), jnp.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_has_matrices_between_hidden_layers_only(tiny_config):
+    shapes = tensors.unflatten({k: np.zeros(s) for k, s in checkpoint.expected(tiny_config.model).items()})
+    found = tensors.flatten(optim.hidden(shapes["base"] | {"llm": shapes["llm"], "names": np.zeros((3, 4))}))
+    assert {k for k, rule in found.items() if rule == "muon"} == {
+        "projector.fc1.weight", "projector.fc2.weight",
+        *(f"vit.blocks.layers.{n}.weight" for n in ("q", "k", "v", "o", "fc1", "fc2")),
+        *(f"llm.blocks.layers.{n}.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cfg", [CFG, MUON], ids=["adamw", "muon"])
+def test_idle_groups_and_their_moments_come_back_as_they_are(cfg):
     params = {"a": tree(0), "b": tree(1), "c": tree(2)}
-    opt = optim.init(CFG, params)
-    after, opt2, _ = optim.update(CFG, jnp.float32(0.05), {"a": tree(3), "c": tree(4)}, opt, params)
+    opt = optim.init(cfg, params)
+    after, opt2, _ = optim.update(cfg, jnp.float32(0.05), {"a": tree(3), "c": tree(4)}, opt, params)
     assert after["b"] is params["b"]
     assert opt2["b"] is opt["b"]
     assert (after["a"]["fc"]["weight"] != params["a"]["fc"]["weight"]).all()
-    counts = {g: int(optax.tree.get(opt2[g], "count")) for g in params}
-    assert counts == {"a": 1, "b": 0, "c": 1}
+    counts = {g: {int(n) for _, n in optax.tree.get_all_with_path(opt2[g], "count")} for g in params}
+    assert counts == {"a": {1}, "b": {0}, "c": {1}}
 
 
 def test_groups_are_clipped_by_their_joint_norm():

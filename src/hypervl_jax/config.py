@@ -262,6 +262,7 @@ class TrainConfig:
     steps: int = 4_000
     stage0_steps: int = 400  # image-name term alone, on sheets: encoders and projectors
     name_weight: float = 0.5  # image-name term beside the next-token loss; 0 switches it off
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices of hidden layers by Muon, the rest by AdamW
     lr: float = 1e-3
     stage0_lr: float = 2e-3
     warmup: int = 100

@@ -28,6 +28,9 @@ def _model(tile: int, patch: int, base: tuple[int, int, int], large: tuple[int, 
     return ModelConfig(base=b, large=l, **rest)
 
 
+_MUON: dict[str, Any] = {"optimizer": "muon", "lr": 2e-3, "stage0_lr": 4e-3, "final_lr": 0.02}  # small, from nothing
+
+
 def tiny() -> Config:
     """Everything at the size of a unit test."""
     model = _model(
@@ -45,7 +48,7 @@ def tiny() -> Config:
         "tiny",
         model,
         DataConfig(screens, batch=4, tile_buckets=(1, 3, 5), lengths=(96, 96, 128)),
-        TrainConfig(steps=4, stage0_steps=2, warmup=2, save_every=2),
+        TrainConfig(steps=4, stage0_steps=2, warmup=2, save_every=2, optimizer="muon"),
         DclConfig(),
         VrcTrainConfig(steps=4, batch=4),
     )
@@ -56,7 +59,7 @@ def nano() -> Config:
     model = _model(
         64, 8, (96, 4, 3), (128, 6, 4),
         llm=LlmConfig(vocab=512, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp=384),
-        vrc=VrcConfig(multiplier=0.35, side=128, hidden=128),
+        vrc=VrcConfig(multiplier=0.35, side=128, hidden=128, rescale="R1"),
         policy=PlanPolicy(tile=64, patch=8, max_tiles=6, min_side=16),
         text=TextConfig(think=False, coords=100),
     )  # fmt: skip
@@ -68,7 +71,7 @@ def nano() -> Config:
         "nano",
         model,
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
-        TrainConfig(steps=9_000, stage0_steps=4_000, scan=False),
+        TrainConfig(steps=8_000, stage0_steps=2_500, scan=False, **_MUON),
         DclConfig(),
         VrcTrainConfig(),
     )
@@ -92,7 +95,7 @@ def quickstart() -> Config:
         "quickstart",
         model,
         DataConfig(screens, batch=16, tile_buckets=(1, 3), lengths=(96, 120)),
-        TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400),
+        TrainConfig(steps=2_600, stage0_steps=1_100, warmup=50, scan=False, save_every=400, **_MUON),
         DclConfig(),
         VrcTrainConfig(steps=200),
     )
