@@ -16,6 +16,7 @@ from hypervl_jax.config import (
     DclConfig,
     LlmConfig,
     PlanPolicy,
+    Rule,
     ScreensConfig,
     TextConfig,
     TrainConfig,
@@ -53,6 +54,8 @@ def nudged(kind, old):
     if typing.get_origin(kind) is typing.Literal:
         return next(o for o in args if o != old)
     if typing.get_origin(kind) is tuple:
+        if args[0] is Rule:
+            return [*old, {"path": "llm", "rate": 0.5}]
         return old[:-1] if args[0] is str else [nudged(args[0], old[0]), *old[1:]]
     number = {int: old - 1 if type(old) is int and old > 1 else 2, float: 0.99 * old if type(old) is float else 0}
     return {bool: not old, str: "other", **number}[kind]
@@ -102,7 +105,7 @@ def test_json_gives_the_same_config_back(cfg, data):
     """Also with settings other than the presets'."""
     values = config.to_dict(cfg)
     for path, kind in data.draw(st.lists(st.sampled_from(LEAVES), max_size=6, unique=True)):
-        if path[0] != "model":  # sizes there must agree with each other
+        if path[0] != "model" and path[-1] != "accumulate":  # sizes there must agree with each other
             at(values, path)[path[-1]] = nudged(kind, at(values, path)[path[-1]])
     cfg = config.from_dict(Config, values)
     text = json.dumps(config.to_dict(cfg))
@@ -214,6 +217,10 @@ def test_what_json_can_say_but_no_setting_can_be_is_an_error(text):
         (lambda: TrainConfig(lr=0.0), "lr 0.0 must be above 0"),
         (lambda: TrainConfig(clip=float("inf")), "clip inf must be above 0 and finite"),
         (lambda: TrainConfig(b2=1.0), "b2 1.0 must"),
+        (lambda: TrainConfig(accumulate=0), "accumulate must be at least 1"),
+        (lambda: TrainConfig(loss_chunk=-1), "loss_chunk -1 must lie in 0 .. "),
+        (lambda: Rule("llm", -1.0), "rate -1.0 must lie in 0 .. "),
+        (lambda: Rule("llm.("), r"path 'llm.\(' is no regular expression"),
         (lambda: VrcTrainConfig(batch=0), "batch must be at least 1"),
         (lambda: VrcTrainConfig(ratios=(0.5, 0.2, 1.0)), "must rise from above 0 to exactly 1"),
         (lambda: VrcTrainConfig(ratios=()), "must rise from above 0 to exactly 1"),
@@ -232,6 +239,8 @@ def test_the_parts_of_a_config_must_agree():
         dataclasses.replace(nano, model=coarse)
     without = dataclasses.replace(nano.data.screens, tasks=("name", "read"))
     dataclasses.replace(nano, model=coarse, data=dataclasses.replace(nano.data, screens=without))
+    with pytest.raises(ValueError, match=r"data\.batch 16 must be a multiple of train\.accumulate 3"):
+        dataclasses.replace(nano, train=dataclasses.replace(nano.train, accumulate=3))
     large = dataclasses.replace(nano.data.screens, sheet_side=96)
     with pytest.raises(ValueError, match=r"sheet_side 96 must be at most model\.policy\.tile 64"):
         dataclasses.replace(nano, data=dataclasses.replace(nano.data, screens=large))

@@ -141,3 +141,86 @@ def test_cells_are_told_apart_by_their_place_in_the_tile():
     assert losses.cell_loss(tokens, real, table) < 1e-3
     assert losses.cell_loss(tokens, jnp.ones_like(real), table) > 1
     assert losses.cell_loss(tokens[:, ::-1], real, table) > 1
+
+
+# --- without the logits ----------------------------------------------------------------------------------------------
+
+D = 7
+HEAD = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
+SEEN, OTHER = (jnp.asarray(RNG.normal(size=(B, L, D)) / 2, jnp.float32) for _ in range(2))  # logits of about one
+PULL = jnp.asarray(RNG.normal(size=(B, L)), jnp.float32)
+
+
+def logits(hidden, head):
+    return jnp.einsum("bld,vd->blv", hidden, head)
+
+
+def agree(got, want, tolerance=1e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])  # of 11: alone, with an overlap, more than there are
+def test_chunked_cross_entropy_and_its_gradients_are_the_plain_ones(chunk):
+    def plain(hidden, head):
+        return losses.cross_entropy(logits(hidden, head), TARGETS)
+
+    def chunked(hidden, head):
+        return losses.chunked_cross_entropy(hidden, head, TARGETS, chunk)
+
+    agree(jax.jit(chunked)(SEEN, HEAD), plain(SEEN, HEAD))
+    agree(jax.vjp(chunked, SEEN, HEAD)[1](PULL), jax.vjp(plain, SEEN, HEAD)[1](PULL))
+
+
+@pytest.mark.parametrize("chunk", [4, 11])
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+def test_chunked_divergence_and_its_gradients_are_the_plain_ones(chunk, tau):
+    weights = jnp.where(MASK, 1 + jnp.arange(L) / L, 0)
+
+    def plain(teacher, student, head):
+        return losses.dcl_kl(logits(teacher, head), logits(student, head), weights, tau)
+
+    def chunked(teacher, student, head):
+        return losses.chunked_dcl_kl(teacher, student, head, weights, tau, chunk)
+
+    got = jax.value_and_grad(chunked, argnums=(0, 1, 2))(SEEN, OTHER, HEAD)
+    agree(got, jax.value_and_grad(plain, argnums=(0, 1, 2))(SEEN, OTHER, HEAD))
+    assert not np.asarray(got[1][0]).any()  # the teacher's
+    assert abs(float(chunked(SEEN, SEEN, HEAD))) < 1e-6
+
+
+@pytest.mark.parametrize("far", [-300.0, 300.0])
+def test_logits_far_from_zero_neither_overflow_nor_vanish(far):
+    """The oracle is in float64: so far out f32 logits are themselves rounded to 1e-5 or so."""
+    head = jnp.concatenate([HEAD, jnp.full((V, 1), far)], 1)
+    seen, other = (jnp.concatenate([h, jnp.ones((B, L, 1))], -1) for h in (SEEN, OTHER))
+    t, s = (np.einsum("bld,vd->blv", np.float64(h), np.float64(head)) for h in (seen, other))
+    want = -np.take_along_axis(log_softmax(s), np.asarray(TARGETS)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses.chunked_cross_entropy(other, head, TARGETS, 4), want, atol=2e-4)
+    got = losses.chunked_dcl_kl(seen, other, head, MASK, 2.0, 4)
+    assert float(got) == pytest.approx(kl(t, s, MASK, 2.0), abs=2e-4)
+
+
+def test_narrow_hidden_states_are_summed_in_full():
+    seen, head = SEEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16).astype(jnp.float32)
+    want = losses.cross_entropy(logits(seen.astype(jnp.float32), head), TARGETS)
+    got, back = jax.vjp(lambda h, w: losses.chunked_cross_entropy(h, w, TARGETS, 4), seen, head)
+    assert got.dtype == jnp.float32
+    agree(got, want, 1e-5)
+    assert [g.dtype for g in back(PULL)] == [jnp.bfloat16, jnp.float32]
+
+
+def test_the_logits_never_exist_whole():
+    """Nor anything else of their size: the largest tensor of value and gradients is the head."""
+
+    def everything(hidden, other, head, targets):
+        ce = losses.chunked_cross_entropy(hidden, head, targets, 16).sum()
+        return ce + losses.chunked_dcl_kl(other, hidden, head, jnp.ones(targets.shape), 2.0, 16)
+
+    f32 = jnp.float32
+    shapes = [jax.ShapeDtypeStruct(s, f32) for s in ((1, 64, 8), (1, 64, 8), (512, 8))]
+    grads = jax.jit(jax.grad(everything, argnums=(0, 2)))
+    program = grads.lower(*shapes, jax.ShapeDtypeStruct((1, 64), jnp.int32)).compile()
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 64 * 512 * 4 // 2

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from hypervl_jax import checkpoint, optim, tensors
-from hypervl_jax.config import TrainConfig
+from hypervl_jax.config import ConfigError, Rule, TrainConfig
 
 CFG = TrainConfig(lr=0.05, weight_decay=0.1, clip=0.7)
 MUON = replace(CFG, optimizer="muon")
@@ -138,3 +138,40 @@ def test_the_rate_warms_up_peaks_and_ends_at_its_share():
 def test_runs_shorter_than_their_warm_up_have_a_rate(steps):
     rates = [float(optim.rate(TrainConfig(lr=1.0, warmup=100), s, steps)) for s in range(steps)]
     assert all(0 < r <= 1 for r in rates)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+RULES = (Rule(r"a\.fc\.weight", 0.5), Rule(r"a\.fc\..*"), Rule(r"(a|b)\.norm1\..*", 0), Rule(r"b\.fc\..*", 0))
+
+
+@pytest.mark.parametrize("cfg", [CFG, MUON], ids=["adamw", "muon"])
+def test_rules_freeze_and_slow_down_by_path(cfg):
+    params, ruled = {"a": tree(0), "b": tree(1)}, replace(cfg, rules=RULES)
+    learns, opt = optim.learning(ruled, params), optim.init(ruled, params)
+    assert {*tensors.flatten(learns)} == {"a.fc.weight", "a.fc.bias"}
+    alone = {"a": {"fc": params["a"]["fc"]}}
+    assert jax.tree.structure(opt) == jax.tree.structure(optim.init(cfg, alone))  # nothing is kept of what is frozen
+    grads = {"a": {"fc": tree(2)["fc"]}}
+    after, opt, norm = optim.update(ruled, jnp.float32(0.05), grads, opt, params)
+    want, _, same = optim.update(cfg, jnp.float32(0.05), grads, optim.init(cfg, alone), alone)
+    half, _, _ = optim.update(cfg, jnp.float32(0.025), grads, optim.init(cfg, alone), alone)
+    assert norm == same
+    np.testing.assert_array_equal(after["a"]["fc"]["weight"], half["a"]["fc"]["weight"])
+    np.testing.assert_array_equal(after["a"]["fc"]["bias"], want["a"]["fc"]["bias"])
+    assert after["b"] is params["b"]
+    for leaf in ("weight", "bias"):
+        assert after["a"]["norm1"][leaf] is params["a"]["norm1"][leaf]
+
+
+def test_parameters_without_a_rule_and_rules_without_parameters_are_one_error():
+    params = {"a": tree(0), "b": tree(1)}
+    some = replace(CFG, rules=(Rule(r"a\..*"), Rule(r"a\.fc\.bias", 0), Rule(r"b\.fc\.weight"), Rule("b", 0)))
+    with pytest.raises(ConfigError) as e:
+        optim.init(some, params)
+    said = str(e.value)
+    assert "no rule for b.fc.bias, b.norm1.bias, b.norm1.weight;" in said  # a pattern is of whole paths: "b" is none
+    assert f"nothing is left for {RULES[0].path.replace('weight', 'bias')!r}, 'b'" in said
+    many = replace(CFG, rules=(Rule(r"a\.fc\.bias"),))
+    with pytest.raises(ConfigError, match=r"no rule for a\.fc\.weight, .* and 3 more;"):
+        optim.init(many, params)

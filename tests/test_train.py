@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hypervl_jax import checkpoint, losses, tensors, train
-from hypervl_jax.config import BRANCHES
+from hypervl_jax.config import BRANCHES, ConfigError, Rule
 from hypervl_jax.data import pipeline, sheets
 from hypervl_jax.train import Job, TrainError
 
@@ -215,6 +215,95 @@ def test_consistency_pulls_on_the_student_alone(cfg, whole, batch):
     assert size["large"] == size["names_base"] == size["names_large"] == 0
     assert size["base"] > 0
     assert size["llm"] > 0
+
+
+# --- the same gradients by other ways --------------------------------------------------------------------------------
+
+BOTH = Job(BRANCHES)
+
+
+@pytest.fixture(scope="module")
+def gradients(cfg, whole):
+    """(batch, settings of training) -> gradients of all groups and the parts of the loss, of all terms at once."""
+    params = jax.tree.map(jnp.asarray, whole[1].params)
+    compute = jax.jit(train.gradients, static_argnums=(1, 2))
+    return lambda batch, **how: compute(params, replace(cfg, train=replace(cfg.train, **how)), BOTH, batch)
+
+
+@pytest.fixture(scope="module")
+def uneven(batch):
+    """Rows of which one has no answer, one a single word of one, one nothing to name."""
+    loss = batch.loss.at[0].set(False).at[1].set(batch.loss[1] & (jnp.cumsum(batch.loss[1]) == 1))
+    return batch._replace(loss=loss, names=batch.names.at[2].set(-1), words=batch.words.at[2].set(-1))
+
+
+@pytest.fixture(scope="module")
+def plain(gradients, uneven):
+    return gradients(uneven)
+
+
+def close(got, want, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()) + 1e-8)  # some are all 0
+
+
+def test_micro_batches_add_up_to_the_batch(cfg, gradients, uneven, plain):
+    """Also where the rows of one have more answers, tokens and things than those of another."""
+    shares = [train.totals(cfg, jax.tree.map(lambda a, k=k: a[k::2], uneven)) for k in range(2)]
+    whole = train.totals(cfg, uneven)
+    assert all(float(a) + float(b) == pytest.approx(float(c)) for a, b, c in zip(*shares, whole, strict=True))
+    assert float(shares[0].answers) != float(shares[1].answers)
+    assert float(shares[0].names) != float(shares[1].names)
+    close(gradients(uneven, accumulate=2), plain)
+
+
+def test_the_loss_in_chunks_is_the_loss(gradients, uneven, plain):
+    close(gradients(uneven, loss_chunk=100), plain)  # of 512: the last chunk overlaps
+
+
+def test_half_precision_computes_and_full_precision_learns(cfg, whole, batch):
+    half = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
+    after, _ = jax.eval_shape(lambda s: train.train_step(s, batch, half, BOTH), whole[1])
+    assert {leaf.dtype for leaf in jax.tree.leaves((after.params, after.opt))} <= {jnp.float32, jnp.int32}
+    params = jax.tree.map(jnp.asarray, whole[1].params)
+    fine, coarse = (jax.jit(lambda p, c=c: train.loss_fn(p, {}, c, LARGE, batch)[1])(params) for c in (cfg, half))
+    for name, value in fine.items():
+        assert coarse[name] != value
+        assert float(coarse[name]) == pytest.approx(float(value), rel=0.02)
+    program = str(jax.make_jaxpr(lambda p: train.patches(train._narrow(p, half), half, "large", batch))(params))
+    assert "bf16[" in program
+    products = [line for line in program.splitlines() if " dot_general" in line]
+    assert products
+    assert all("bf16[" in line for line in products)
+
+
+def test_a_step_by_rules_moves_what_they_say(cfg, whole, batch):
+    """The projectors, as when encoders and decoder are first made to fit each other."""
+    rules = (Rule(r"(base|large)\.projector\..*"), Rule(r"(base|large)\.vit\..*|llm\..*|names_.*", 0))
+    ruled = replace(cfg, train=replace(cfg.train, rules=rules))
+    classes = len(whole[1].params["names_base"]["names"])
+    state = jax.device_put(train.init_state(ruled, classes, whole[1].params), jax.devices()[0])
+    start = jax.tree.map(np.asarray, state)
+    assert set(start.opt) == set(BRANCHES)
+    after, _ = train.compiled(ruled)(state, batch, LARGE)
+    before = tensors.flatten(start.params)
+    changed = {k for k, v in tensors.flatten(after.params).items() if (np.asarray(v) != before[k]).any()}
+    assert changed == {k for k in before if k.startswith("large.projector.")}
+    assert equal(after.opt["base"], start.opt["base"])
+
+
+def test_a_step_that_would_move_nothing_is_refused(cfg, whole, batch):
+    still = (Rule(r"base\..*", 0), Rule(r"llm\..*|names_.*", 0), Rule(r"large\..*"))
+    ruled = replace(cfg, train=replace(cfg.train, rules=still))
+    with pytest.raises(ConfigError, match=r"train\.rules: a step of base moves nothing"):
+        train.gradients(whole[1].params, ruled, BASE, batch)
+
+
+def test_rules_that_do_not_fit_are_found_before_anything_is_written(cfg, run, tmp_path):
+    wrong = replace(cfg, train=replace(cfg.train, rules=(Rule(r"vision\..*", 0),)))
+    with pytest.raises(ConfigError, match=r"train\.rules: no rule for base\..*nothing is left for"):
+        run(tmp_path, wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_logits_of_the_prompt_have_no_say(batch):

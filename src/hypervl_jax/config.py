@@ -45,6 +45,13 @@ def _multiple(settings: Any, name: str, of: str) -> None:
         raise ValueError(f"{name} {a} must be a multiple of {of} {b}")
 
 
+def _pattern(path: str) -> None:
+    try:
+        re.compile(path)
+    except re.error as e:
+        raise ValueError(f"path {path!r:.80} is no regular expression: {e}") from e
+
+
 @dataclass(frozen=True)
 class PlanPolicy:
     """How a picture becomes tiles (papers: HyperVL 3.1, AnyRes; InternVL; LLaVA-NeXT).
@@ -258,6 +265,18 @@ class DclConfig:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Parameters whose whole path (`llm.blocks.layers.q.weight`) matches `path` learn at `rate` times the rate."""
+
+    path: str  # a regular expression
+    rate: float = 1.0  # 0 freezes: no gradient, no optimiser state, the same bits after any step
+
+    def __post_init__(self):
+        _within(self, 0, MANY, "rate")
+        _pattern(self.path)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     steps: int = 4_000
     stage0_steps: int = 400  # image-name term alone, on sheets: encoders and projectors
@@ -271,21 +290,45 @@ class TrainConfig:
     clip: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
+    rules: tuple[Rule, ...] = ()  # the first that matches counts, and every parameter has one; (): all learn alike
+    accumulate: int = 1  # micro-batches a step, one after another: the same sums, less memory
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of both encoders and the decoder; weights stay f32
+    loss_chunk: int = 0  # rows of the vocabulary at a time, so that logits never exist whole; 0: they do
     seed: int = 0
     scan: bool = True  # one compiled layer body; False unrolls it, which small models on a CPU run faster
-    remat: bool = False
+    remat: bool = False  # compute activations anew in the backward pass ...
+    remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "nothing_saveable"
     log_every: int = 10
     save_every: int = 500
     keep: int = 2
 
     def __post_init__(self):
-        _positive(self, "steps", "log_every", "save_every", "keep")
+        _positive(self, "steps", "accumulate", "log_every", "save_every", "keep")
         _within(self, 0, self.steps, "stage0_steps")
+        _within(self, 0, MANY, "loss_chunk")
         _above_zero(self, "lr", "stage0_lr", "clip")
         _within(self, 0, MANY, "name_weight", "warmup", "weight_decay")
         _within(self, 0, 1, "final_lr")
         _within(self, 0, 0.999999, "b1", "b2")
         _within(self, 0, SEEDS, "seed")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of the matrices whose whole path matches `path`; what they add is scaled by alpha / rank (`lora.py`)."""
+
+    path: str = r"llm\.blocks\.layers\.(q|k|v|o|gate|up|down)\.weight"  # a regular expression
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self):
+        _pattern(self.path)
+        _positive(self, "rank")
+        _above_zero(self, "alpha")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -328,6 +371,10 @@ class Config:
             raise ValueError(
                 f"data.screens.tasks: 'find' is answered on a grid of {GRID}, model.text.coords is {coords}: make that "
                 f"{GRID} or leave 'find' out"
+            )
+        if self.data.batch % self.train.accumulate:
+            raise ValueError(
+                f"data.batch {self.data.batch} must be a multiple of train.accumulate {self.train.accumulate}"
             )
         if screens.sheet_side > tile:
             raise ValueError(f"data.screens.sheet_side {screens.sheet_side} must be at most model.policy.tile {tile}")

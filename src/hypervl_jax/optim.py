@@ -1,9 +1,10 @@
 """AdamW, or Muon for the matrices of hidden layers, by group. Every top-level key of the parameter tree is a group with
 its own optimiser state, so a step that trains one branch leaves the other's weights, moments and counts untouched, bit
-for bit."""
+for bit. Rules by path say what of a group learns, and how fast."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,52 @@ import optax
 import optax.contrib
 from jaxtyping import Array
 
-from hypervl_jax.config import TrainConfig
+from hypervl_jax.config import ConfigError, TrainConfig
+from hypervl_jax.tensors import flatten, unflatten
 
 Tree = Any
+
+
+# --- which parameters learn ------------------------------------------------------------------------------------------
+
+
+def rates(cfg: TrainConfig, params: dict[str, Tree]) -> dict[str, Tree]:
+    """How fast each leaf learns, as a multiple of the learning rate: what the first of `cfg.rules` says that matches
+    its whole path.
+
+    Raises `ConfigError` naming the paths that no rule matches, and the rules that no path is left for.
+    """
+    paths = list(flatten(params))
+    if not cfg.rules:
+        return unflatten(dict.fromkeys(paths, 1.0))
+    first = {p: next((i for i, rule in enumerate(cfg.rules) if re.fullmatch(rule.path, p)), None) for p in paths}
+    bare = sorted(p for p, i in first.items() if i is None)
+    idle = [repr(rule.path) for i, rule in enumerate(cfg.rules) if i not in first.values()]
+    if bare or idle:
+        more = f" and {len(bare) - 4} more" if len(bare) > 4 else ""
+        wrong = [f"no rule for {', '.join(bare[:4])}{more}"] if bare else []
+        wrong += [f"nothing is left for {', '.join(idle)}"] if idle else []
+        raise ConfigError(f"train.rules: {'; '.join(wrong)}; the first rule that matches a whole path counts")
+    return unflatten({p: cfg.rules[i].rate for p, i in first.items() if i is not None})
+
+
+def learning(cfg: TrainConfig, params: dict[str, Tree]) -> dict[str, Tree]:
+    """What of the parameters learns at all; a group of which nothing does is not in it. Raises as `rates` does."""
+    speed = flatten(rates(cfg, params))
+    return unflatten({path: leaf for path, leaf in flatten(params).items() if speed[path]})
+
+
+def joined(params: dict[str, Tree], some: dict[str, Tree]) -> dict[str, Tree]:
+    """`params` with the leaves of `some` in their places."""
+    return unflatten({**flatten(params), **flatten(some)})
+
+
+def _like(tree: dict, some: dict) -> dict:
+    """The leaves of `tree` that `some` has as well."""
+    return {k: _like(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in some.items()}
+
+
+# --- how they learn --------------------------------------------------------------------------------------------------
 
 
 def decays(params: Tree) -> Tree:
@@ -59,8 +103,8 @@ def _out_in(params: Tree) -> Tree:
 
 
 def init(cfg: TrainConfig, params: dict[str, Tree]) -> dict[str, Tree]:
-    """One optimiser state a group."""
-    return {name: transform(cfg).init(group) for name, group in params.items()}
+    """One optimiser state a group, of what learns in it."""
+    return {name: transform(cfg).init(group) for name, group in learning(cfg, params).items()}
 
 
 def rate(cfg: TrainConfig, step: Array | int, steps: int) -> Array:
@@ -74,15 +118,17 @@ def rate(cfg: TrainConfig, step: Array | int, steps: int) -> Array:
 def update(
     cfg: TrainConfig, lr: Array, grads: dict[str, Tree], opt: dict[str, Tree], params: dict[str, Tree]
 ) -> tuple[dict[str, Tree], dict[str, Tree], Array]:
-    """One step of the groups present in `grads`, clipped by their joint norm. Other groups pass through as they
-    are. Returns (params, opt, gradient norm before clipping)."""
+    """One step of the leaves present in `grads`: those of `learning`, of the groups whose turn it is. They are clipped
+    by their joint norm; all others pass through as they are. Returns (params, opt, gradient norm before clipping)."""
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, cfg.clip / (norm + 1e-6))
-    params, opt = dict(params), dict(opt)
+    speed, params, opt = rates(cfg, params), dict(params), dict(opt)
     for name in _known(grads, params):
         clipped = jax.tree.map(lambda g: g * scale, grads[name])
-        step, opt[name] = transform(cfg).update(clipped, opt[name], params[name])
-        params[name] = jax.tree.map(lambda p, s: p - (lr * s).astype(p.dtype), params[name], step)
+        mine, at = _like(params[name], grads[name]), _like(speed[name], grads[name])
+        step, opt[name] = transform(cfg).update(clipped, opt[name], mine)
+        moved = jax.tree.map(lambda p, s, r: p - ((lr if r == 1 else lr * r) * s).astype(p.dtype), mine, step, at)
+        params[name] = joined(params[name], moved)
     return params, opt, norm
 
 

@@ -110,7 +110,8 @@ def hypervl_1p7b() -> Config:
         policy=PlanPolicy(),
     )  # fmt: skip
     screens = ScreensConfig(tasks=("name", "read", "count", "yesno"))  # `find` has a coarser grid than this text
-    return Config("hypervl_1p7b", model, DataConfig(screens))
+    how = TrainConfig(compute_dtype="bfloat16", loss_chunk=2048, remat=True)
+    return Config("hypervl_1p7b", model, DataConfig(screens), how)
 
 
 PRESETS = {"tiny": tiny, "quickstart": quickstart, "nano": nano, "hypervl_1p7b": hypervl_1p7b}

@@ -187,15 +187,15 @@ def header(file: Path) -> dict[str, Tensor]:
     return out
 
 
-def contents(folder: Path) -> dict[str, Tensor]:
+def contents(folder: Path, file: str = FILE) -> dict[str, Tensor]:
     """What a folder holds, in one file or in those its index lists. Raises `CheckpointError` naming the file."""
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / FILE).is_file() and (other := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
+    if file != FILE or not index.is_file():
+        if not (folder / file).is_file() and (other := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
             raise CheckpointError(
-                f"{folder / FILE}: missing, and {other[0].name} may run code when it is read; save it as safetensors"
+                f"{folder / file}: missing, and {other[0].name} may run code when it is read; save it as safetensors"
             )
-        return header(folder / FILE)
+        return header(folder / file)
     if (folder / FILE).is_file():
         raise CheckpointError(f"{folder}: has {FILE} and {INDEX}; delete the one that is not of this model")
     listed = _json(index.read_bytes(), index).get("weight_map")
@@ -232,6 +232,7 @@ def read(
     dtype: Any = None,
     shardings: dict | None = None,
     pack: Callable[[str, np.ndarray], Any] | None = None,
+    file: str = FILE,
 ) -> tuple[dict, list[str]]:
     """The tree whose leaves have `shapes` (by path), and a line on everything there that the model does not use.
 
@@ -242,8 +243,8 @@ def read(
     Raises `CheckpointError`: first with all that is unknown, missing, duplicate, misshapen or no float, then with all
     that is not finite (in `dtype`).
     """
-    found = contents(folder)
-    where = folder / (FILE if (folder / FILE).is_file() else INDEX)
+    found = contents(folder, file)
+    where = folder / (file if (folder / file).is_file() else INDEX)
     rows = {row.path: row for row in table.rows}
     if rows.keys() != shapes.keys():
         raise ValueError(f"no table for this model: {sorted(rows.keys() ^ shapes.keys())}")

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from hypervl_jax import checkpoint, config, losses, optim
-from hypervl_jax.config import BRANCHES, Branch, Config
+from hypervl_jax.config import BRANCHES, Branch, Config, ConfigError
 from hypervl_jax.data import pipeline
 from hypervl_jax.data.pipeline import Batch
 from hypervl_jax.data.sheets import most
@@ -40,6 +40,18 @@ class State(NamedTuple):
     opt: dict  # one optimiser state a group
 
 
+class Totals(NamedTuple):
+    """What the means of a loss are taken over, summed over a whole batch; None: over what the rows at hand have."""
+
+    answers: Array | None = None
+    names: Array | None = None
+    words: Array | None = None
+    cells: Array | None = None
+
+
+ALONE = Totals()
+
+
 class Job(NamedTuple):
     """What one step trains: the branches, and whether it is the image-name term alone. A value: static under jit."""
 
@@ -47,11 +59,15 @@ class Job(NamedTuple):
     stage0: bool = False
 
 
-def init_state(cfg: Config, classes: int) -> State:
-    """Fresh weights and moments. VRC is not here: it is trained afterwards, on labels from this model."""
+def init_state(cfg: Config, classes: int, start: dict | None = None) -> State:
+    """Fresh weights, or those of `start` (groups base, large, llm), and fresh moments. VRC is not here: it is trained
+    afterwards, on labels from this model. Raises `ConfigError` where `cfg.train.rules` do not fit."""
     key, names = jax.random.split(jax.random.key(cfg.train.seed))
-    fresh = jax.jit(lambda k: {g: p for g, p in hypervl.init(k, cfg.model).items() if g != "vrc"})
-    params = fresh(key)
+    if start is None:
+        fresh = jax.jit(lambda k: {g: p for g, p in hypervl.init(k, cfg.model).items() if g != "vrc"})
+        params = fresh(key)
+    else:
+        params = {g: jax.tree.map(lambda a: jnp.array(a, jnp.float32), start[g]) for g in (*BRANCHES, "llm")}
     cells = cfg.model.policy.tokens_per_tile
     for branch in BRANCHES:
         shapes = {"names": (classes, cfg.model.vit(branch).width), "cells": (cells, cfg.model.llm.width)}
@@ -82,7 +98,7 @@ def patches(params: dict, cfg: Config, branch: Branch, batch: Batch) -> Array:
     """f32[B N*P W]: what one branch makes of every patch of the batch."""
     b, n = batch.tiles.shape[:2]
     tiles, mask = batch.tiles.reshape(b * n, *batch.tiles.shape[2:]), batch.mask.reshape(b * n, -1)
-    out = hypervl.look(params, cfg.model, branch, tiles, mask, cfg.train.scan, cfg.train.remat)
+    out = hypervl.look(params, cfg.model, branch, tiles, mask, *_driver(cfg))
     return out.reshape(b, -1, out.shape[-1])
 
 
@@ -93,55 +109,102 @@ def features(params: dict, cfg: Config, branch: Branch, seen: Array) -> Array:
     return out.reshape(b, -1, out.shape[-1])
 
 
+def row_hidden(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
+    """[B L D] what the decoder makes of whole rows."""
+    row = batch.ids, batch.slots, batch.positions, batch.segments
+    return hypervl.hidden(params, cfg.model, feats, *row, *_driver(cfg))
+
+
 def row_logits(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
     """f32[B L V] next-token logits of whole rows."""
-    row = batch.ids, batch.slots, batch.positions, batch.segments
-    hidden = hypervl.hidden(params, cfg.model, feats, *row, cfg.train.scan, cfg.train.remat)
-    return llm.logits(params["llm"], hidden)
+    return llm.logits(params["llm"], row_hidden(params, cfg, feats, batch))
 
 
-def loss_fn(trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """The objective of one job and its parts. Gradients flow into `trained` only.
+def _driver(cfg: Config) -> tuple[bool, bool | str]:
+    """How a stack of layers is run: whether scanned, and what of it is kept for the backward pass."""
+    return cfg.train.scan, cfg.train.remat and cfg.train.remat_policy
+
+
+def _narrow(params: dict, cfg: Config) -> dict:
+    """The model in what it computes in; the tables of names stay f32."""
+    if cfg.train.compute_dtype == "float32":
+        return params
+    model = {g: params[g] for g in (*BRANCHES, "llm")}
+    return params | jax.tree.map(lambda a: a.astype(cfg.train.compute_dtype), model)
+
+
+def _supervised(batch: Batch) -> tuple[Array, Array]:
+    """(what each position has to predict, how much that weighs), [B L]."""
+    targets, mask = losses.shift(batch.ids, batch.loss)
+    return targets, losses.answer_weights(mask, jnp.roll(batch.segments, -1, 1))
+
+
+def _cells(cfg: Config, batch: Batch) -> Array:
+    """bool[B F]: which tokens show something of the picture."""
+    p, shown = cfg.model.policy, batch.mask.reshape(len(batch.mask), 1, -1).astype(jnp.float32)
+    return losses.pool_cells(shown, p.patches_per_side, p.merge)[:, 0] > 0
+
+
+def totals(cfg: Config, batch: Batch) -> Totals:
+    """The weights of a batch, of which micro-batches have unequal shares."""
+    names, words = ((x >= 0).sum() for x in (batch.names, batch.words))
+    return Totals(_supervised(batch)[1].sum(), names, words, _cells(cfg, batch).sum())
+
+
+def loss_fn(
+    trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch, total: Totals = ALONE
+) -> tuple[Array, dict[str, Array]]:
+    """The objective of one job and its parts; with the `total` weights of a batch, the share these rows have in it.
+    Gradients flow into `trained` only.
 
     The image-name term has three parts: patches through a table of its own, and the tokens that the decoder will see
     through the decoder's own head, where each thing should already say the first token of its name. The second teaches
     projector and head, not the encoder: tokens are too coarse to teach it small things. And each token must say which
     cell of its tile it is, or encoders so trained forget it and the decoder cannot tell places.
     """
-    params = {**fixed, **trained}
+    wide = optim.joined(fixed, trained)
+    params = _narrow(wide, cfg)
     seen = {b: patches(params, cfg, b, batch) for b in job.branches}
     feats = {b: features(params, cfg, b, seen[b]) for b in job.branches}
-    total, parts = jnp.float32(0), {}
+    whole, parts = jnp.float32(0), {}
     if cfg.train.name_weight:
         p = cfg.model.policy
         shares = losses.pool_cells(batch.weights, p.patches_per_side, p.merge)
-        shown = batch.mask.reshape(len(batch.mask), 1, -1).astype(jnp.float32)
-        real = losses.pool_cells(shown, p.patches_per_side, p.merge)[:, 0] > 0
+        real = _cells(cfg, batch)
         for b in job.branches:
             tables = params[f"names_{b}"]
             alone = features(params, cfg, b, jax.lax.stop_gradient(seen[b]))
             found = {
-                "name": losses.name_loss(seen[b], batch.weights, batch.names, tables["names"]),
-                "word": losses.name_loss(alone, shares, batch.words, cast(Array, llm.head(params["llm"]))),
-                "cell": losses.cell_loss(feats[b], real, tables["cells"]),
+                "name": losses.name_loss(seen[b], batch.weights, batch.names, tables["names"], total.names),
+                "word": losses.name_loss(alone, shares, batch.words, cast(Array, llm.head(params["llm"])), total.words),
+                "cell": losses.cell_loss(feats[b], real, tables["cells"], total.cells),
             }
-            total += cfg.train.name_weight * sum(found.values())
+            whole += cfg.train.name_weight * sum(found.values())
             parts |= {f"{k}_{b}": v for k, v in found.items()}
     if job.stage0:
-        return total, parts
-    targets, mask = losses.shift(batch.ids, batch.loss)
-    weights = losses.answer_weights(mask, jnp.roll(batch.segments, -1, 1))
-    logits = {b: row_logits(params, cfg, feats[b], batch) for b in job.branches}
+        return whole, parts
+    targets, weights = _supervised(batch)
+    chunk, head = cfg.train.loss_chunk, cast(Array, llm.head(wide["llm"]))
+    read = row_hidden if chunk else row_logits
+    said = {b: read(params, cfg, feats[b], batch) for b in job.branches}
     for b in job.branches:
-        term = losses.mean_where(losses.cross_entropy(logits[b], targets), weights)
-        total, parts[f"loss_{b}"] = total + term, term
+        if chunk:
+            each = losses.chunked_cross_entropy(said[b], head, targets, chunk)
+        else:
+            each = losses.cross_entropy(said[b], targets)
+        term = losses.mean_where(each, weights, total.answers)
+        whole, parts[f"loss_{b}"] = whole + term, term
     if "base" in job.branches and cfg.dcl.weight:
-        if "large" not in logits:
+        if "large" not in said:
             teacher = features(params, cfg, "large", patches(params, cfg, "large", batch))
-            logits["large"] = row_logits(params, cfg, teacher, batch)
-        kl = losses.dcl_kl(logits["large"], logits["base"], weights, cfg.dcl.temperature)
-        total, parts["kl"] = total + cfg.dcl.weight * kl, kl
-    return total, parts
+            said["large"] = read(params, cfg, teacher, batch)
+        pair, how = (said["large"], said["base"]), (weights, cfg.dcl.temperature)
+        if chunk:
+            kl = losses.chunked_dcl_kl(*pair, head, *how, chunk, total.answers)
+        else:
+            kl = losses.dcl_kl(*pair, *how, total.answers)
+        whole, parts["kl"] = whole + cfg.dcl.weight * kl, kl
+    return whole, parts
 
 
 def groups(cfg: Config, job: Job) -> tuple[str, ...]:
@@ -155,16 +218,31 @@ def groups(cfg: Config, job: Job) -> tuple[str, ...]:
 
 
 def gradients(params: dict, cfg: Config, job: Job, batch: Batch) -> tuple[dict, dict[str, Array]]:
-    """(gradients of the groups that move, parts of the loss). Pure: runs plain, under jit, pmap or shard_map alike."""
-    moving = groups(cfg, job)
-    trained = {g: params[g] for g in moving}
-    fixed = {g: p for g, p in params.items() if g not in moving}
-    grads, parts = jax.grad(loss_fn, has_aux=True)(trained, fixed, cfg, job, batch)
-    return grads, parts
+    """(gradients of what moves, parts of the loss). Pure: runs plain, under jit, pmap or shard_map alike.
+
+    With `cfg.train.accumulate` the rows come in so many micro-batches, one after another; every mean is still over the
+    whole batch, however answers and things are spread over them. Raises `ConfigError` for a job of which nothing moves.
+    """
+    learns = optim.learning(cfg.train, params)
+    trained = {g: learns[g] for g in groups(cfg, job) if g in learns}
+    if not trained:
+        raise ConfigError(
+            f"train.rules: a step of {' and '.join(job.branches)} moves nothing; give it something to learn"
+        )
+    gradient = functools.partial(jax.grad(loss_fn, has_aux=True), trained, params, cfg, job)
+    k = cfg.train.accumulate
+    if k == 1:
+        return gradient(batch)
+    # Every k-th row: where rows are spread over devices, each device cuts its own.
+    micro = jax.tree.map(lambda a: a.reshape(-1, k, *a.shape[1:]).swapaxes(0, 1), batch)
+    share = functools.partial(gradient, total=totals(cfg, batch))
+    shapes = jax.eval_shape(share, jax.tree.map(lambda a: a[0], micro))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, share(rows)), None), zero, micro)[0]
 
 
 def train_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State, dict[str, Array]]:
-    """One update of the groups that the job moves; every other group comes back bit-equal."""
+    """One update of what the job moves; everything else comes back bit-equal."""
     grads, parts = gradients(state.params, cfg, job, batch)
     lr = rate_at(cfg, state.step)
     params, opt, norm = optim.update(cfg.train, lr, grads, state.opt, state.params)
@@ -180,23 +258,25 @@ def compiled(cfg: Config) -> Callable[[State, Batch, Job], tuple[State, dict[str
 
 def run(
     cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...],
-    out: Path | str, progress: bool = True,
+    out: Path | str, progress: bool = True, start: dict | None = None,
 ) -> State:  # fmt: skip
     """Trains to `cfg.train.steps`, stage 0 on `sheets` and the rest on `source`, resuming from the newest checkpoint
-    under `out`. Writes `out/log.jsonl`.
+    under `out`; where there is none, from the weights `start` (those of the stage before) or from nothing. Writes
+    `out/log.jsonl`.
 
-    Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings, `ValueError` for screens that
-    fit no bucket.
+    Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings, `ConfigError` for rules that
+    do not fit the parameters, `ValueError` for screens that fit no bucket.
     """
     out = Path(out)
     words = cfg.data, cfg.model.policy, cfg.model.text, tokenizer, cfg.train.seed
-    pipeline.schedule(sheets.sizes, cfg.data, cfg.model.policy, cfg.train.seed, 1)
+    if cfg.train.stage0_steps:
+        pipeline.schedule(sheets.sizes, cfg.data, cfg.model.policy, cfg.train.seed, 1)
     pipeline.check(source, *words, cfg.train.steps - cfg.train.stage0_steps, progress)  # now, not after stage 0
+    # Put on its device as a restored state is: otherwise a resumed run would compile every step anew.
+    state = jax.device_put(init_state(cfg, len(classes), start), jax.local_devices()[0])
     out.mkdir(parents=True, exist_ok=True)
     _same_run(out / "train.json", cfg, classes)
     ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)
-    # Put on its device as a restored state is: otherwise a resumed run would compile every step anew.
-    state = jax.device_put(init_state(cfg, len(classes)), jax.local_devices()[0])
     if ckpts.latest() is not None:
         state = ckpts.restore(state)
     start, steps = int(state.step), cfg.train.steps

@@ -91,7 +91,8 @@ def test_scan_equals_loop_and_remat_forward_and_backward(stack):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
 
     want = value_and_grad(scan=True)
-    for drive in ({"scan": False}, {"scan": True, "remat": True}, {"scan": False, "remat": True}):
+    kept = {"remat": "dots_saveable"}
+    for drive in ({"scan": False}, {"remat": True}, {"scan": False, "remat": True}, kept):
         jax.tree.map(close, value_and_grad(**drive), want)
 
 
@@ -102,6 +103,19 @@ def test_remat_is_in_the_gradient_of_both_drivers(stack, scan):
         value = make(scan=scan, remat=remat).apply
         program = jax.make_jaxpr(jax.grad(lambda p, f=value: f(p, *args)[0].sum()))(params)
         assert ("remat" in str(program)) == remat
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_policy_says_which_products_are_computed_anew(stack, scan):
+    make, params, args = stack
+
+    def products(**drive):
+        value = make(scan=scan, **drive).apply
+        return str(jax.make_jaxpr(jax.grad(lambda p: value(p, *args)[0].sum()))(params)).count("dot_general")
+
+    nothing, dots, plain = products(remat="nothing_saveable"), products(remat="dots_saveable"), products()
+    assert nothing == products(remat=True)
+    assert plain == dots < nothing
 
 
 def test_the_loop_leaves_no_while_in_the_program(stack):

@@ -50,7 +50,7 @@ def look(
     tiles: Num[Array, "N T T 3"],
     mask: Bool[Array, "N P"],
     scan: bool = True,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Float[Array, "N P W"]:
     """Patch features of all tiles at once, W wide: one branch without its projector."""
     return cast(Array, Vit(cfg.vit(branch), scan, remat).apply({"params": params[branch]["vit"]}, tiles, mask))
@@ -64,7 +64,7 @@ def project(params: Params, cfg: ModelConfig, branch: Branch, patches: Float[Arr
 
 def encode_batch(
     params: Params, cfg: ModelConfig, branch: Branch, tiles: Num[Array, "N T T 3"], mask: Bool[Array, "N P"],
-    scan: bool = True, remat: bool = False,
+    scan: bool = True, remat: bool | str = False,
 ) -> Float[Array, "N M D"]:  # fmt: skip
     """All tiles at once through one branch and its projector."""
     return project(params, cfg, branch, look(params, cfg, branch, tiles, mask, scan, remat))
@@ -107,7 +107,7 @@ def hidden(
     positions: Int[Array, "B L"],
     segments: Int[Array, "B L"],
     scan: bool = True,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Float[Array, "B L D"]:
     """The decoder over a whole row, without a cache: what training and scoring read. `llm.logits` makes it logits."""
     x = embed(params, ids, slots, features)

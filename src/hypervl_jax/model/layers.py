@@ -1,11 +1,12 @@
 """What the encoder and the decoder share: a linear layer, two norms, and one block under two drivers.
 
-Axes: B batch, L sequence, S keys, H heads, K kv heads, D width, O outputs, I inputs, M rows.
+Axes: B batch, L sequence, S keys, H heads, K kv heads, D width, O outputs, I inputs, M rows,
+r the rank of a change.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hypervl_jax.quantize import GROUP, Quantized, dequantize, halves
 
-Weight = Array | np.ndarray | Quantized
+
+class Adapted(NamedTuple):
+    """A matrix, or a stack of them, and a change of low rank beside it: W + B A (`lora.py`)."""
+
+    weight: Any  # [... O I], an array or `Quantized`
+    a: Any  # [... r I]
+    b: Any  # [... O r]
+
+
+Weight = Array | np.ndarray | Quantized | Adapted
 _NT = (((1,), (1,)), ((), ()))  # [M I] x [O I] -> [M O]
 _BLOCK = 2 << 20  # bytes of f32 weights that are made at a time: they stay in the cache
 _BLOCK_4 = 512 << 10  # the same of 4 bits for a single row
@@ -71,6 +81,8 @@ def matmul(x: Float[Array, "... I"], weight: Weight) -> Float[Array, "... O"]:
     single row, products in the weights' own kind (`_int8_row`, `_bf16_row`), and otherwise one block of the matrix at a
     time; other backends fuse the conversion.
     """
+    if isinstance(weight, Adapted):
+        return matmul(x, weight.weight) + matmul(matmul(x, weight.a), weight.b)
     # Rows flattened: XLA's CPU backend runs the plain matrix product, and above all its gradient, twice as fast.
     rows = x.reshape(-1, x.shape[-1])
     quantized = isinstance(weight, Quantized)
@@ -213,22 +225,24 @@ class Stack(nn.Module):
     """`depth` blocks over one stacked parameter tree: `nn.scan` to train, a loop to export and decode, remat in both.
 
     A block maps (x, cache, *shared) -> (x, cache). The loop takes and returns a tuple of one cache a layer; the scan
-    has none. Layers may also come apart (`unstack`); those are looped.
+    has none. Layers may also come apart (`unstack`); those are looped. `remat` may name the policy of
+    `jax.checkpoint_policies` that says what the backward pass finds kept; True keeps nothing.
     """
 
     block: type[nn.Module]
     cfg: Any
     depth: int
     scan: bool = True
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: Array, caches: tuple | None, *shared: Any) -> tuple[Array, tuple | None]:
+        policy = getattr(jax.checkpoint_policies, self.remat) if isinstance(self.remat, str) else None
         apart = isinstance(self.variables.get("params", {}).get("layers"), list | tuple)
         if self.scan and not apart:
             if caches is not None:
                 raise ValueError("a KV cache needs the loop: build the stack with scan=False")
-            block = nn.remat(self.block, prevent_cse=False) if self.remat else self.block
+            block = nn.remat(self.block, prevent_cse=False, policy=policy) if self.remat else self.block
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -237,7 +251,7 @@ class Stack(nn.Module):
                 length=self.depth,
             )(self.cfg, name="layers")
             return layers(x, None, *shared)
-        block = nn.remat(self.block) if self.remat else self.block
+        block = nn.remat(self.block, policy=policy) if self.remat else self.block
         params, out = self.variables["params"]["layers"], []
         for i in range(self.depth):
             layer = params[i] if apart else jax.tree.map(lambda a: a[i], params)  # noqa: B023 - used at once

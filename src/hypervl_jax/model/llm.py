@@ -98,7 +98,7 @@ class Llm(nn.Module):
 
     cfg: LlmConfig
     scan: bool = True
-    remat: bool = False
+    remat: bool | str = False
     block: type[Block] = Block
 
     @nn.compact

@@ -35,7 +35,7 @@ class Vit(nn.Module):
 
     cfg: VitConfig
     scan: bool = True
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, tiles: Num[Array, "N T T 3"], mask: Bool[Array, "N P"]) -> Float[Array, "N P D"]:
