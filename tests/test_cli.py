@@ -549,7 +549,7 @@ def test_the_launchers_example_is_a_command(monkeypatch):
     monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
     (example,) = [li for li in (root / "launch/local.sh").read_text().splitlines() if li.startswith("#   launch/")]
     cli.main(example.split()[2:])
-    assert seen == [(presets.tiny(), Path("runs/tiny"))]
+    assert seen == [(presets.tiny(), Path("runs/tiny"), None)]
 
 
 def test_a_config_file_and_its_steps(tmp_path):
@@ -624,7 +624,8 @@ def test_train_makes_a_model_and_says_what_next(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
     cli.main(["train", "tiny", "--out", str(tmp_path), "--steps", "4"])
-    assert seen == [(presets.tiny(), tmp_path)]
+    cli.main(["train", "tiny", "--out", str(tmp_path), "--start", "before/model"])
+    assert seen == [(presets.tiny(), tmp_path, None), (presets.tiny(), tmp_path, Path("before/model"))]
     said = capsys.readouterr().out
     assert all(f"hypervl {verb}" in said for verb in ("ask", "eval", "export"))
 

@@ -13,6 +13,7 @@ from hypervl_jax import compress, config, evaluate, judge, quickstart, train
 from hypervl_jax.config import ConfigError
 from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.quickstart import Stages
+from hypervl_jax.tensors import flatten
 
 
 def test_a_run_goes_on_under_settings_that_came_later_if_they_have_their_defaults(tiny_config, tmp_path):
@@ -200,6 +201,36 @@ def test_interrupted_runs_go_on(cheap, tiny_config, tmp_path, monkeypatch):
     other = dataclasses.replace(tiny_config, dcl=dataclasses.replace(tiny_config.dcl, weight=0.0))
     with pytest.raises(ConfigError, match="other settings"):
         quickstart.make_model(other, tmp_path)
+
+
+def test_a_run_begins_with_the_model_it_is_given_and_remembers_it(
+    cheap, tiny_config, tiny_folder, tiny_model, tmp_path
+):
+    """The stand-in steps change no weight, so the result is what the run began with, in 16 bits."""
+    out = tmp_path / "run"
+    model = quickstart.make_model(tiny_config, out, tiny_folder)
+    assert len(cheap) == tiny_config.train.steps
+    assert model.tokenizer.encode("what is this? 37") == tiny_model.tokenizer.encode("what is this? 37")
+    before = flatten(tiny_model.params)
+    for path, leaf in flatten(model.params).items():
+        np.testing.assert_array_equal(leaf, np.asarray(before[path]).astype(np.float16).astype(np.float32), path)
+    quickstart.make_model(tiny_config, out, tiny_folder)
+    with pytest.raises(ConfigError, match=r"began from .*model: give that as --start, or choose another --out"):
+        quickstart.make_model(tiny_config, out)
+
+
+def test_a_run_from_nothing_is_not_gone_on_with_from_a_model(tiny_config, tiny_folder, tmp_path):
+    (tmp_path / "stages").mkdir()  # as a run has it that is older than `start.json`
+    with pytest.raises(ConfigError, match=r"began from nothing: leave out --start"):
+        quickstart.make_model(tiny_config, tmp_path, tiny_folder)
+
+
+def test_a_model_of_other_sizes_is_refused_before_anything_is_written(tiny_config, tiny_folder, tmp_path):
+    m = tiny_config.model
+    other = replace(m, llm=replace(m.llm, mlp=64), policy=replace(m.policy, max_tiles=4))
+    with pytest.raises(ConfigError, match=r"model: its llm differ from those of config tiny"):
+        quickstart.make_model(replace(tiny_config, model=other), tmp_path / "run", tiny_folder)
+    assert not (tmp_path / "run").exists()
 
 
 def test_words_of_a_run_are_made_once(tiny_config, tiny_source, tmp_path):

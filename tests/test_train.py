@@ -219,15 +219,24 @@ def test_consistency_pulls_on_the_student_alone(cfg, whole, batch):
 
 # --- the same gradients by other ways --------------------------------------------------------------------------------
 
-BOTH = Job(BRANCHES)
+
+@pytest.fixture(scope="module")
+def params(cfg, tiny_params, tiny_classes):
+    rng = np.random.default_rng(9)
+
+    def tables(branch):
+        rows = {"names": (len(tiny_classes), cfg.model.vit(branch).width), "cells": (4, cfg.model.llm.width)}
+        return {k: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for k, shape in rows.items()}
+
+    assert cfg.model.policy.tokens_per_tile == 4
+    return {**tiny_params, **{f"names_{b}": tables(b) for b in BRANCHES}}
 
 
 @pytest.fixture(scope="module")
-def gradients(cfg, whole):
-    """(batch, settings of training) -> gradients of all groups and the parts of the loss, of all terms at once."""
-    params = jax.tree.map(jnp.asarray, whole[1].params)
+def gradients(cfg, params):
+    """(batch, settings of training) -> gradients and parts of the loss of a step that has all terms."""
     compute = jax.jit(train.gradients, static_argnums=(1, 2))
-    return lambda batch, **how: compute(params, replace(cfg, train=replace(cfg.train, **how)), BOTH, batch)
+    return lambda batch, **how: compute(params, replace(cfg, train=replace(cfg.train, **how)), BASE, batch)
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +270,10 @@ def test_the_loss_in_chunks_is_the_loss(gradients, uneven, plain):
     close(gradients(uneven, loss_chunk=100), plain)  # of 512: the last chunk overlaps
 
 
-def test_half_precision_computes_and_full_precision_learns(cfg, whole, batch):
+def test_half_precision_computes_and_full_precision_learns(cfg, params, batch):
     half = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
-    after, _ = jax.eval_shape(lambda s: train.train_step(s, batch, half, BOTH), whole[1])
-    assert {leaf.dtype for leaf in jax.tree.leaves((after.params, after.opt))} <= {jnp.float32, jnp.int32}
-    params = jax.tree.map(jnp.asarray, whole[1].params)
+    grads, _ = jax.eval_shape(lambda p: train.gradients(p, half, LARGE, batch), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     fine, coarse = (jax.jit(lambda p, c=c: train.loss_fn(p, {}, c, LARGE, batch)[1])(params) for c in (cfg, half))
     for name, value in fine.items():
         assert coarse[name] != value
@@ -277,12 +285,11 @@ def test_half_precision_computes_and_full_precision_learns(cfg, whole, batch):
     assert all("bf16[" in line for line in products)
 
 
-def test_a_step_by_rules_moves_what_they_say(cfg, whole, batch):
+def test_a_step_by_rules_moves_what_they_say(cfg, params, batch, tiny_classes):
     """The projectors, as when encoders and decoder are first made to fit each other."""
     rules = (Rule(r"(base|large)\.projector\..*"), Rule(r"(base|large)\.vit\..*|llm\..*|names_.*", 0))
     ruled = replace(cfg, train=replace(cfg.train, rules=rules))
-    classes = len(whole[1].params["names_base"]["names"])
-    state = jax.device_put(train.init_state(ruled, classes, whole[1].params), jax.devices()[0])
+    state = jax.device_put(train.init_state(ruled, len(tiny_classes), params), jax.devices()[0])
     start = jax.tree.map(np.asarray, state)
     assert set(start.opt) == set(BRANCHES)
     after, _ = train.compiled(ruled)(state, batch, LARGE)
@@ -292,11 +299,11 @@ def test_a_step_by_rules_moves_what_they_say(cfg, whole, batch):
     assert equal(after.opt["base"], start.opt["base"])
 
 
-def test_a_step_that_would_move_nothing_is_refused(cfg, whole, batch):
+def test_a_step_that_would_move_nothing_is_refused(cfg, params, batch):
     still = (Rule(r"base\..*", 0), Rule(r"llm\..*|names_.*", 0), Rule(r"large\..*"))
     ruled = replace(cfg, train=replace(cfg.train, rules=still))
     with pytest.raises(ConfigError, match=r"train\.rules: a step of base moves nothing"):
-        train.gradients(whole[1].params, ruled, BASE, batch)
+        train.gradients(params, ruled, BASE, batch)
 
 
 def test_rules_that_do_not_fit_are_found_before_anything_is_written(cfg, run, tmp_path):

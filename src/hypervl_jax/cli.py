@@ -16,7 +16,13 @@ from hypervl_jax.asking import ask, chat, tokens
 from hypervl_jax.config import BRANCHES, SEEDS, SIDE, Branch
 
 
-def train(config: Annotated[Positional[str], arg(metavar="CONFIG")], /, out: Path, steps: int | None = None) -> None:
+def train(
+    config: Annotated[Positional[str], arg(metavar="CONFIG")],
+    /,
+    out: Path,
+    steps: int | None = None,
+    start: Path | None = None,
+) -> None:
     """Train a model: data, both branches under one decoder with DCL, then VRC on the model's own labels.
 
     Interrupted, the same command goes on where it stopped. The model is OUT/model. For example:
@@ -25,15 +31,18 @@ def train(config: Annotated[Positional[str], arg(metavar="CONFIG")], /, out: Pat
 
     hypervl train configs/nano.py --out runs/nano
 
+    hypervl train configs/stage2_pretrain.py --start runs/stage1/model --out runs/stage2
+
     Args:
         config: a preset (tiny, quickstart, nano) or a file with `get_config()`, such as configs/nano.py.
         out: folder to write; a run that is there is resumed.
         steps: training steps, instead of the config's; a run is gone on with under the same number.
+        start: a model folder to begin with, such as that of the stage before; if not given, from nothing.
     """
     cfg = needs.prepared(config, steps, out)
     from hypervl_jax import quickstart as recipe
 
-    recipe.make_model(cfg, out)
+    recipe.make_model(cfg, out, start)
     print(f'ask it:    hypervl ask PICTURE "what is this?" --model {out / "model"}')
     print(f"judge it:  hypervl eval --model {out / 'model'}")
     print(f"export it: hypervl export {out / 'model'} --out {out / 'export'}")

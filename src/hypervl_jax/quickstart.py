@@ -7,6 +7,7 @@ Each stage leaves its result in `OUT/stages/NAME.json`; a stage that is there is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -87,29 +88,33 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> tokens.Tokenizer:
         raise config.ConfigError(f"{e}; delete it and run again, the same one is made anew") from e
 
 
-def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Model:
+def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, stage: Stages | None = None) -> Model:
     """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
+    `start` is a model to begin with, of the stage before: its weights and its tokenizer; without it they are made anew.
 
-    Raises `ConfigError` if `out` holds a run with other settings, or if a set it needs is to be empty.
+    Raises `ConfigError` if `out` holds a run with other settings or another `start`, if a set it needs is to be empty,
+    or if `start` is a model of other sizes.
     """
     from hypervl_jax.data import tfds_builders
 
     out = Path(out)
+    first = None if start is None else _begun(start, cfg)
     for name in ("train", "sheets", "label"):
         if not getattr(cfg.data.screens, name):
             raise config.ConfigError(f"data.screens.{name}: at least 1, a model is made from them")
     check(Assets.load(), cfg.data.screens)
     out.mkdir(parents=True, exist_ok=True)
     _same_config(out / "config.json", cfg)
+    _same_start(out, start)
     stage, screens = stage or Stages(out), cfg.data.screens
     stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
     source = tfds_builders.build(screens, out / "data")  # anew where it is gone, or of an older version of the code
     names, model_dir = classes(cfg), out / "model"
-    tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER)
-    stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out))
+    tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER) if first is None else first.tokenizer
+    stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out, first))
     params = train.restore(cfg, out / "train", len(names)).params
-    fresh = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc)
-    model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": fresh}, tokenizer, {})
+    net = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc) if first is None else first.params["vrc"]
+    model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": net}, tokenizer, {})
     stage("labels", lambda: _labels(model, cfg, source["label"], out / "labels.npz"))
     stage("vrc", lambda: _vrc(model, cfg, source["label"], out / "labels.npz", model_dir))
     return checkpoint.load_model(model_dir)
@@ -118,7 +123,7 @@ def make_model(cfg: Config, out: Path | str, stage: Stages | None = None) -> Mod
 def run(cfg: Config, out: Path | str) -> dict[str, Any]:
     """`make_model`, then evaluates, exports and reports under `out`; returns what `out/summary.json` holds."""
     out, stage = Path(out), Stages(Path(out))
-    model = make_model(cfg, out, stage)
+    model = make_model(cfg, out, stage=stage)
     origin = stage("origin", _origin)  # of the process that came here first
     tests = judge.held_out(cfg, out / "data")
     ratios = {
@@ -213,11 +218,31 @@ def _same_config(path: Path, cfg: Config) -> None:
     raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
 
 
+def _begun(start: Path | str, cfg: Config) -> Model:
+    """The model to begin with. How a picture is cut (`policy`) may be another in every stage."""
+    model = checkpoint.load_model(start)
+    sizes = [f.name for f in dataclasses.fields(model.config) if f.name != "policy"]
+    if other := [name for name in sizes if getattr(model.config, name) != getattr(cfg.model, name)]:
+        raise config.ConfigError(f"{start}: its {', '.join(other)} differ from those of config {cfg.name}")
+    return model
+
+
+def _same_start(out: Path, start: Path | str | None) -> None:
+    """Raises `ConfigError` where a run began otherwise: gone on with so, it would silently be another run."""
+    path, name = out / "start.json", None if start is None else str(Path(start).absolute())
+    if not path.exists() and not (out / "stages").exists():
+        _write(path, name)
+    began = _read(path) if path.exists() else None  # a run older than this file began from nothing
+    if began != name:
+        how = "from nothing: leave out --start" if began is None else f"from {began}: give that as --start"
+        raise config.ConfigError(f"{out} holds a run that began {how}, or choose another --out")
+
+
 def _train(
     cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: tokens.Tokenizer, names: tuple[str, ...],
-    out: Path,
+    out: Path, first: Model | None,
 ) -> dict:  # fmt: skip
-    state = train.run(cfg, source, sheets, tokenizer, names, out / "train")
+    state = train.run(cfg, source, sheets, tokenizer, names, out / "train", start=first and first.params)
     return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
 
 

@@ -20,7 +20,7 @@ from hypervl_jax.quantize import GROUP, Quantized, dequantize, halves
 class Adapted(NamedTuple):
     """A matrix, or a stack of them, and a change of low rank beside it: W + B A (`lora.py`)."""
 
-    weight: Any  # [... O I], an array or `Quantized`
+    weight: Any  # [... O I]
     a: Any  # [... r I]
     b: Any  # [... O r]
 
