@@ -14,9 +14,9 @@ def stage(cfg: Config) -> Config:
     """The same model in this stage: the branches take turns, none follows the other."""
     rules = (
         Rule(r"(base|large)\.projector\..*"),
-        Rule(r"(base|large)\.vit\..*", 0),
-        Rule(r"llm\..*", 0),
-        Rule(r"names_(base|large)\..*", 0),
+        Rule(r"(base|large)\.vit\..*", 0.0),
+        Rule(r"llm\..*", 0.0),
+        Rule(r"names_(base|large)\..*", 0.0),
     )
     how = replace(cfg.train, stage0_steps=0, name_weight=0.0, optimizer="adamw", rules=rules)
     return replace(cfg, name="stage1_align", train=how, dcl=replace(cfg.dcl, weight=0.0))

@@ -14,7 +14,7 @@ def stage(cfg: Config) -> Config:
         Rule(r"(base|large)\.projector\..*"),
         Rule(r"(base|large)\.vit\..*", 0.25),
         Rule(r"llm\..*"),
-        Rule(r"names_(base|large)\..*", 0),
+        Rule(r"names_(base|large)\..*", 0.0),
     )
     how = replace(cfg.train, stage0_steps=0, name_weight=0.0, optimizer="adamw", rules=rules)
     return replace(cfg, name="stage2_pretrain", train=how, dcl=replace(cfg.dcl, weight=0.0))

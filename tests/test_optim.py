@@ -142,7 +142,7 @@ def test_runs_shorter_than_their_warm_up_have_a_rate(steps):
 
 # --- rules -----------------------------------------------------------------------------------------------------------
 
-RULES = (Rule(r"a\.fc\.weight", 0.5), Rule(r"a\.fc\..*"), Rule(r"(a|b)\.norm1\..*", 0), Rule(r"b\.fc\..*", 0))
+RULES = (Rule(r"a\.fc\.weight", 0.5), Rule(r"a\.fc\..*"), Rule(r"(a|b)\.norm1\..*", 0.0), Rule(r"b\.fc\..*", 0.0))
 
 
 @pytest.mark.parametrize("cfg", [CFG, MUON], ids=["adamw", "muon"])
@@ -166,7 +166,7 @@ def test_rules_freeze_and_slow_down_by_path(cfg):
 
 def test_parameters_without_a_rule_and_rules_without_parameters_are_one_error():
     params = {"a": tree(0), "b": tree(1)}
-    some = replace(CFG, rules=(Rule(r"a\..*"), Rule(r"a\.fc\.bias", 0), Rule(r"b\.fc\.weight"), Rule("b", 0)))
+    some = replace(CFG, rules=(Rule(r"a\..*"), Rule(r"a\.fc\.bias", 0.0), Rule(r"b\.fc\.weight"), Rule("b", 0.0)))
     with pytest.raises(ConfigError) as e:
         optim.init(some, params)
     said = str(e.value)

@@ -287,7 +287,7 @@ def test_half_precision_computes_and_full_precision_learns(cfg, params, batch):
 
 def test_a_step_by_rules_moves_what_they_say(cfg, params, batch, tiny_classes):
     """The projectors, as when encoders and decoder are first made to fit each other."""
-    rules = (Rule(r"(base|large)\.projector\..*"), Rule(r"(base|large)\.vit\..*|llm\..*|names_.*", 0))
+    rules = (Rule(r"(base|large)\.projector\..*"), Rule(r"(base|large)\.vit\..*|llm\..*|names_.*", 0.0))
     ruled = replace(cfg, train=replace(cfg.train, rules=rules))
     state = jax.device_put(train.init_state(ruled, len(tiny_classes), params), jax.devices()[0])
     start = jax.tree.map(np.asarray, state)
@@ -300,14 +300,14 @@ def test_a_step_by_rules_moves_what_they_say(cfg, params, batch, tiny_classes):
 
 
 def test_a_step_that_would_move_nothing_is_refused(cfg, params, batch):
-    still = (Rule(r"base\..*", 0), Rule(r"llm\..*|names_.*", 0), Rule(r"large\..*"))
+    still = (Rule(r"base\..*", 0.0), Rule(r"llm\..*|names_.*", 0.0), Rule(r"large\..*"))
     ruled = replace(cfg, train=replace(cfg.train, rules=still))
     with pytest.raises(ConfigError, match=r"train\.rules: a step of base moves nothing"):
         train.gradients(params, ruled, BASE, batch)
 
 
 def test_rules_that_do_not_fit_are_found_before_anything_is_written(cfg, run, tmp_path):
-    wrong = replace(cfg, train=replace(cfg.train, rules=(Rule(r"vision\..*", 0),)))
+    wrong = replace(cfg, train=replace(cfg.train, rules=(Rule(r"vision\..*", 0.0),)))
     with pytest.raises(ConfigError, match=r"train\.rules: no rule for base\..*nothing is left for"):
         run(tmp_path, wrong)
     assert not list(tmp_path.iterdir())
