@@ -149,7 +149,7 @@ def fit(
     features, rows = _seen(model, samples, branch)
     rule, decoder = optax.adam(lr), {"llm": jax.tree.map(jnp.asarray, model.params["llm"])}
 
-    def loss(adapters: Adapters, decoder: dict, seen: Array, row: text.Prompt) -> Array:
+    def loss(adapters: Adapters, decoder: dict, seen: Array, row: Any) -> Array:
         params = apply(decoder, adapters, cfg)
         out = hypervl.hidden(params, model.config, seen, row.ids, row.slots, row.positions, row.segments)
         targets, mask = losses.shift(row.ids, row.loss)

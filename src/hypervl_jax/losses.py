@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -218,5 +218,5 @@ def chunked_dcl_kl(
     temperature: float, chunk: int, total: Array | None = None,
 ) -> Float[Array, ""]:  # fmt: skip
     """`dcl_kl` of hidden states through the head they share, `chunk` rows of the vocabulary at a time."""
-    kl = _divergence(jax.lax.stop_gradient(teacher), student, head, temperature, chunk)
+    kl = cast(Array, _divergence(jax.lax.stop_gradient(teacher), student, head, temperature, chunk))
     return temperature**2 * mean_where(kl, weights, total)

@@ -189,7 +189,7 @@ def loss_fn(
     said = {b: read(params, cfg, feats[b], batch) for b in job.branches}
     for b in job.branches:
         if chunk:
-            each = losses.chunked_cross_entropy(said[b], head, targets, chunk)
+            each = cast(Array, losses.chunked_cross_entropy(said[b], head, targets, chunk))
         else:
             each = losses.cross_entropy(said[b], targets)
         term = losses.mean_where(each, weights, total.answers)
@@ -279,15 +279,15 @@ def run(
     ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)
     if ckpts.latest() is not None:
         state = ckpts.restore(state)
-    start, steps = int(state.step), cfg.train.steps
+    done, steps = int(state.step), cfg.train.steps
     step_fn = compiled(cfg)
-    feed = _feed(cfg, source, sheets, tokenizer, classes, start)
-    bar = tqdm(total=steps, initial=start, desc="train", disable=not progress, smoothing=0.05)
+    feed = _feed(cfg, source, sheets, tokenizer, classes, done)
+    bar = tqdm(total=steps, initial=done, desc="train", disable=not progress, smoothing=0.05)
     shown: dict[str, float] = {}
-    _trim(out / "log.jsonl", start)
+    _trim(out / "log.jsonl", done)
     with (out / "log.jsonl").open("a") as log:
         try:
-            for step, batch in enumerate(feed, start):
+            for step, batch in enumerate(feed, done):
                 state, metrics = step_fn(state, batch, job_at(cfg, step))
                 values = {k: float(v) for k, v in metrics.items()}
                 shown |= {k: v for k, v in values.items() if k not in ("lr", "grad_norm")}
