@@ -208,6 +208,7 @@ def compare(
         h, w = hr.shape[:2]
         if at is not None and not (0 <= at[0] < w and 0 <= at[1] < h):
             raise files.RescaleError(f"--at {at[0]} {at[1]}: choose 0 to {w - 1} and 0 to {h - 1}")
+        found["bicubic"] = measure.both_ways(hr, net.scale)
         rows = measure.figures(hr, found, net.scale)
         drawn = drawing.draw(hr, found, rows, at)
         files.save(out, any_picture.png(image.Layers(drawn, None, False, None, {})))
@@ -309,7 +310,7 @@ def _bar(source: Path, pair: Any, size: tuple[int, int], walks: list, tile: int)
     if configs:
         steps = sum(c.hr_steps + c.lr_steps for c in configs)
         took = _time(sum(tiles.seconds(pair, small, c, tile) for c in configs))
-        said = f"{source}: {size[1]} x {size[0]} px, {steps} steps over {n} tiles, about {took}"
+        said = f"{source}: {size[1]} x {size[0]} px, {steps} steps over {n} tile{'s' * (n > 1)}, about {took}"
         print(said + "; --no-hcd needs none of them", file=sys.stderr, flush=True)
     total = n * sum(1 if c is None else tiles.steps(c) for c in walks)
     return tqdm(total=total, desc=source.name, unit="tile", leave=False, disable=None)

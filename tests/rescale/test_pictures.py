@@ -39,9 +39,10 @@ def opened(layers):
 
 def through(pair, picture, tmp_path, config=None):
     """(small, restored) as Pillow opens them, by way of the file."""
-    (tmp_path / "small.png").write_bytes(pictures.png(pictures.down(pair, picture, config)))
+    data = pictures.png(pictures.down(pair, picture, config))
+    (tmp_path / "small.png").write_bytes(data)
     small = image.layers(tmp_path / "small.png")
-    return Image.open(tmp_path / "small.png"), opened(pictures.up(pair, small))
+    return Image.open(io.BytesIO(data)), opened(pictures.up(pair, small))
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from hypervl_jax.rescale.evaluate import Figures, Outcome
-from hypervl_jax.rescale.resample import bicubic
 
 WIDTH, MARGIN, GAP, LINE = 300, 16, 8, 20  # pixels: of a column, around, between, a line of text
 PART = 64  # side of the part that is enlarged, in pixels of the picture
@@ -23,36 +22,31 @@ Picture = UInt8[np.ndarray, "H W 3"]
 def draw(
     hr: Picture, found: dict[str, Outcome], rows: dict[str, Figures], at: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """A column for the original, one for bicubic both ways, one a way; four pictures in each.
+    """A column for the original and one a way, with its figures; four pictures in each.
 
     `at` is the (x, y) the enlarged part is around; if not given, it is where the first way is most wrong.
     """
-    first = next(iter(found.values()))
-    plain = bicubic(bicubic(hr, first.small.shape[:2]), hr.shape[:2])  # type: ignore
-    restored = {"bicubic": plain} | {way: o.restored for way, o in found.items()}
-    errors = {way: _error(x, hr) for way, x in restored.items()}
-    rows_at, columns_at = part(errors[next(iter(found))], at)
-    white = max(FAINT, round(float(np.percentile(errors[next(iter(found))], 99.5))))
-    said = {way: f"{rows[way]['psnr_y']:.2f} dB, SSIM {rows[way]['ssim_y']:.4f}" for way in found}
-
-    h, w = hr.shape[:2]
-    frame = columns_at.start / w, rows_at.start / h, columns_at.stop / w, rows_at.stop / h
-    small = f"small, {first.small.shape[1]} x {first.small.shape[0]} px"
+    first, (h, w) = next(iter(found)), hr.shape[:2]
+    errors = {way: np.abs(o.restored.astype(np.float32) - hr).mean(-1) for way, o in found.items()}
+    white = max(FAINT, round(float(np.percentile(errors[first], 99.5))))
+    down, across = part(errors[first], at)
+    frame = across.start / w, down.start / h, across.stop / w, down.stop / h
+    small = found[first].small
     columns = [[
         _text("original", f"{w} x {h} px"),
         _shown(hr, frame),
-        _shown(hr[rows_at, columns_at]),
-        _shown(first.small),
-        _text(f"above: {small}", f"beside: errors, white is {white} or more"),
+        _shown(hr[down, across]),
+        _shown(small),
+        _text(f"above: small, {small.shape[1]} x {small.shape[0]} px", f"beside: errors, white is {white} or more"),
     ]]  # fmt: skip
-    for way, x in restored.items():
+    for way, outcome in found.items():
         wrong = (errors[way] * (255 / white)).clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
         columns.append([
-            _text(way, said.get(way, "down and up")),
-            _shown(x, frame),
-            _shown(x[rows_at, columns_at]),
+            _text(way, f"{rows[way]['psnr_y']:.2f} dB, SSIM {rows[way]['ssim_y']:.4f}"),
+            _shown(outcome.restored, frame),
+            _shown(outcome.restored[down, across]),
             _shown(wrong),
-            _shown(wrong[rows_at, columns_at]),
+            _shown(wrong[down, across]),
         ])  # fmt: skip
     return np.asarray(_table(columns))
 
@@ -68,11 +62,6 @@ def part(error: Float[np.ndarray, "H W"], at: tuple[int, int] | None) -> tuple[s
         top, left = at[1] - h // 2, at[0] - w // 2
     top, left = (int(min(max(0, a), n - m)) for a, n, m in ((top, error.shape[0], h), (left, error.shape[1], w)))
     return slice(top, top + h), slice(left, left + w)
-
-
-def _error(x: Picture, hr: Picture) -> Float[np.ndarray, "H W"]:
-    """Grey levels, the mean over the colours."""
-    return np.abs(x.astype(np.float32) - hr).mean(-1)
 
 
 def _shown(x: Picture, frame: tuple[float, ...] | None = None) -> Image.Image:

@@ -16,6 +16,7 @@ from jaxtyping import Array, UInt8
 from hypervl_jax.rescale import metrics, tiles
 from hypervl_jax.rescale.hcd import HcdConfig
 from hypervl_jax.rescale.pairs import Pair
+from hypervl_jax.rescale.resample import bicubic
 from hypervl_jax.rescale.tiles import TILE, Tick
 
 Ways = dict[str, HcdConfig | None]  # a name -> how the small picture is made; None: as the pair makes it
@@ -60,6 +61,12 @@ def outcomes(
             small = tiles.descend(pair, hr, config, key, tile, tick)
         found[way] = Outcome(small, tiles.up(pair, small, key, tile, tick))
     return found
+
+
+def both_ways(hr: UInt8[np.ndarray, "H W 3"], scale: int) -> Outcome:
+    """Bicubic down and bicubic up, which needs no weights."""
+    small = bicubic(hr, (hr.shape[0] // scale, hr.shape[1] // scale))
+    return Outcome(small, bicubic(small, (hr.shape[0], hr.shape[1])))
 
 
 def figures(hr: UInt8[np.ndarray, "H W 3"], found: dict[str, Outcome], border: int) -> dict[str, Figures]:
