@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,7 +72,8 @@ def down(
         pair: weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
         out: a .png for one picture, else a folder; if not given, beside the one picture, as NAME_lr.png.
     """
-    config, opened = _config(how), _settled(run)
+    _check(run)
+    config = _config(how)
     jobs = files.jobs(pictures, out, files.SMALL, run.overwrite)
     net = _pair(pair)
     from hypervl_jax.rescale import pictures as any_picture
@@ -82,7 +82,7 @@ def down(
         picture = image.layers(job.source, max_bytes=any_picture.MAX_BYTES)
         h, w = picture.rgb.shape[:2]
         with _bar(job.source, net, (h, w), [config], run.tile) as bar:
-            small = any_picture.down(net, picture, config, opened(), run.tile, bar.update)
+            small = any_picture.down(net, picture, config, _key(run), run.tile, bar.update)
         files.save(job.out, any_picture.png(small))
         print(f"{job.out}: {small.rgb.shape[1]} x {small.rgb.shape[0]} px of {w} x {h}", flush=True)
 
@@ -111,7 +111,7 @@ def up(
         out: a .png for one picture, else a folder; if not given, beside the one picture, as NAME_sr.png.
         notes: heed what `down` noted, and refuse another pair; --no-notes: take it for any small picture.
     """
-    opened = _settled(run)
+    _check(run)
     jobs = files.jobs(pictures, out, files.LARGE, run.overwrite)
     net = _pair(pair)
     from hypervl_jax.rescale import pictures as any_picture
@@ -121,10 +121,12 @@ def up(
         any_picture.check(net, small, notes)
         h, w = small.rgb.shape[:2]
         with _bar(job.source, net, (h * net.scale, w * net.scale), [None], run.tile) as bar:
-            restored = any_picture.up(net, small, opened(), run.tile, bar.update, notes)
+            restored = any_picture.up(net, small, _key(run), run.tile, bar.update, notes)
         files.save(job.out, any_picture.png(restored))
-        noted = "" if notes and any_picture.notes(small) else f", {net.scale} times {w} x {h}: it notes no original"
-        print(f"{job.out}: {restored.rgb.shape[1]} x {restored.rgb.shape[0]} px{noted}", flush=True)
+        said = f"{job.out}: {restored.rgb.shape[1]} x {restored.rgb.shape[0]} px"
+        if any_picture.notes(small) is None:
+            said += f", {net.scale} times {w} x {h}: it notes no original"
+        print(said, flush=True)
 
     files.ended(jobs, files.each(jobs, one))
 
@@ -145,7 +147,8 @@ def evaluate(
         pair: weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
         out: JSON file to write: every figure of every picture, and how they were made.
     """
-    config, opened = _config(how), _settled(run)
+    _check(run)
+    config = _config(how)
     jobs = [files.Job(source) for source in files.found(pictures)]
     if out is not None:
         files.checked(jobs[0].source, out, run.overwrite, ".json")
@@ -156,7 +159,7 @@ def evaluate(
     rows: dict[str, dict] = {}
 
     def one(job: files.Job) -> None:
-        hr, found = _outcomes(job.source, net, some, opened, run)
+        hr, found = _outcomes(job.source, net, some, run)
         if not rows:
             print(measure.heading(some), flush=True)
         rows[str(job.source)] = measure.figures(hr, found, net.scale)
@@ -196,7 +199,8 @@ def compare(
         pair: weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
         at: the pixel around which a part is enlarged; if not given, where the plain way is most wrong.
     """
-    config, opened = _config(how), _settled(run)
+    _check(run)
+    config = _config(how)
     files.checked(picture, out, run.overwrite, ".png")
     net = _pair(pair)
     from hypervl_jax.rescale import compare as drawing
@@ -204,7 +208,7 @@ def compare(
     from hypervl_jax.rescale import pictures as any_picture
 
     def one(job: files.Job) -> None:
-        hr, found = _outcomes(job.source, net, measure.ways(config), opened, run)
+        hr, found = _outcomes(job.source, net, measure.ways(config), run)
         h, w = hr.shape[:2]
         if at is not None and not (0 <= at[0] < w and 0 <= at[1] < h):
             raise files.RescaleError(f"--at {at[0]} {at[1]}: choose 0 to {w - 1} and 0 to {h - 1}")
@@ -240,19 +244,18 @@ def rescale() -> None:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def _settled(run: Run) -> Callable[[], Any]:
-    """Makes the key of the seed, once jax is needed. Raises `UsageError` for settings that cannot be."""
+def _check(run: Run) -> None:
+    """Raises `UsageError` for settings that cannot be."""
     if not 0 <= run.seed <= SEEDS:
         raise needs.UsageError(f"--seed {run.seed}: choose 0 to {SEEDS}")
     if not 128 <= run.tile <= image.MAX_PIXELS:
         raise needs.UsageError(f"--tile {run.tile}: at least 128")
 
-    def key() -> Any:
-        import jax
 
-        return jax.random.key(run.seed)
+def _key(run: Run) -> Any:
+    import jax
 
-    return key
+    return jax.random.key(run.seed)
 
 
 def _config(how: Hcd) -> Any:
@@ -285,7 +288,7 @@ def _pair(name: str | None) -> Any:
 # --- work, and how far it is -----------------------------------------------------------------------------------------
 
 
-def _outcomes(source: Path, pair: Any, some: dict, opened: Callable, run: Run) -> tuple[Any, dict]:
+def _outcomes(source: Path, pair: Any, some: dict, run: Run) -> tuple[Any, dict]:
     """(the picture cut to a multiple of the scale, what became of it each way)."""
     from hypervl_jax.rescale import evaluate as measure
     from hypervl_jax.rescale import metrics
@@ -297,7 +300,7 @@ def _outcomes(source: Path, pair: Any, some: dict, opened: Callable, run: Run) -
     if min(h, w) < least:
         raise files.RescaleError(f"{w} x {h} px once cut to a multiple of {pair.scale}; at least {least} are compared")
     with _bar(source, pair, (h, w), [c for config in some.values() for c in (config, None)], run.tile) as bar:
-        return hr, measure.outcomes(pair, hr, some, opened(), run.tile, bar.update)
+        return hr, measure.outcomes(pair, hr, some, _key(run), run.tile, bar.update)
 
 
 def _bar(source: Path, pair: Any, size: tuple[int, int], walks: list, tile: int) -> tqdm:
@@ -305,7 +308,7 @@ def _bar(source: Path, pair: Any, size: tuple[int, int], walks: list, tile: int)
     Says first how long HCD will take."""
     from hypervl_jax.rescale import tiles
 
-    small = tuple(-(-n // pair.scale) for n in size)
+    small = -(-size[0] // pair.scale), -(-size[1] // pair.scale)
     n, configs = len(tiles.grid(small, pair.scale, tile)), [c for c in walks if c is not None]
     if configs:
         steps = sum(c.hr_steps + c.lr_steps for c in configs)

@@ -72,7 +72,7 @@ def jobs(paths: tuple[Path, ...], out: Path | None, ending: str, overwrite: bool
 def checked(source: Path, out: Path, overwrite: bool, kind: str) -> None:
     """Raises `UsageError` where `out` is no file of this kind that may be written."""
     if out.suffix.lower() != kind:
-        raise UsageError(f"--out {out}: name a {kind} file" + (" or a folder" if kind == ".png" else ""))
+        raise UsageError(f"--out {out}: name a {kind} file")
     if out.exists() and out.resolve() == source.resolve():
         raise UsageError(f"{out}: is the picture that is read; choose another --out")
     if out.is_dir() or (out.exists() and not overwrite):

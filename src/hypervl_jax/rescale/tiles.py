@@ -184,7 +184,7 @@ def _of_tile(key: Array, n: Array | int) -> Array:
 def _passes(tiles: list[Tile], scale: int, tick: Tick) -> hcd.Passes:
     """How HCD looks at one picture [1 H W 3] tile by tile. Arrays of the whole picture stay on the host."""
 
-    def look(scene: Scene, config: HcdConfig, which: str, delta: Array, i: int) -> tuple[Array, Array]:
+    def look(scene: Scene, config: HcdConfig, which: str, delta: Array, i: Array | int) -> tuple[Array, Array]:
         s = scale if which == "hr" else 1
         base, moved, target = (np.asarray(x)[0] for x in (scene.base, delta, scene.target))
         grad, losses = np.empty_like(base), []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import pickle
 import re
@@ -63,9 +64,9 @@ def _network(shapes: dict[str, tuple[int, ...]], where: str) -> Network:
         return next(iter(shapes.get(name, ())), 1)
 
     if couplings := counted(r"operations\.(\d{1,4})\.F\."):
-        blocks = []
-        for before, at in zip([None, *couplings], couplings, strict=False):  # Haar has a number too: a gap is a stage
-            blocks = [*blocks[:-1], blocks[-1] + 1] if at - 1 == before else [*blocks, 1]
+        blocks = [1]
+        for before, at in itertools.pairwise(couplings):  # Haar has a number too: a gap begins a stage
+            blocks = [*blocks[:-1], blocks[-1] + 1] if at == before + 1 else [*blocks, 1]
         f = f"operations.{couplings[0]}.F"
         light = f"{f}.c1_d.weight" in shapes
         return Irn(tuple(blocks), "light") if light else Irn(tuple(blocks), growth=first(f"{f}.conv1.weight"))
