@@ -169,7 +169,7 @@ def evaluate(
     if rows:
         mean = measure.means(rows.values())
         print(measure.line("mean", mean))
-        print(f"{'mean PSNR of RGB':24}" + "".join(f"{f['psnr_rgb']:19.3f}       " for f in mean.values()))
+        print(f"{'mean PSNR of RGB':24}" + "       ".join(f"{f['psnr_rgb']:19.3f}" for f in mean.values()))
         if out is not None:
             files.save(out, _told(net, how, run, rows, mean).encode())
             print(f"wrote {out}")
