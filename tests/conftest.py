@@ -171,18 +171,18 @@ def load():
 
 
 @pytest.fixture(scope="session")
-def published():
+def as_published():
     """Writes the weights of a pair as published files have them: kernels in PyTorch's order, .npz."""
     import numpy as np
 
     from hypervl_jax.tensors import flatten
 
-    def published(pair, path):
+    def as_published(pair, path):
         theirs = {k: np.asarray(v) for k, v in flatten(pair.params).items()}
         theirs = {
-            k: np.moveaxis(v, (-4, -3, -2, -1), (-1, -2, -3, -4)) if v.ndim >= 4 else v for k, v in theirs.items()
+            k: np.moveaxis(v, (-3, -4, -2, -1), (-1, -2, -3, -4)) if v.ndim >= 4 else v for k, v in theirs.items()
         }
         np.savez(path, **theirs)
         return path
 
-    return published
+    return as_published

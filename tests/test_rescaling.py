@@ -64,7 +64,7 @@ def fails(capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def irn(tmp_path_factory, published):
+def irn(tmp_path_factory, as_published):
     """Weights of a tiny IRN x2, and of a tiny IRN x4, that mean nothing."""
     import jax
     import jax.numpy as jnp
@@ -76,7 +76,7 @@ def irn(tmp_path_factory, published):
     for net in (Irn((1,), growth=2), Irn((1, 1), growth=2)):
         shapes = jax.eval_shape(net.init, jax.random.key(0))
         params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), shapes)
-        published(Pair(net, params), folder / f"x{net.scale}.npz")
+        as_published(Pair(net, params), folder / f"x{net.scale}.npz")
     return folder
 
 

@@ -321,7 +321,7 @@ def _bar(source: Path, pair: Any, size: tuple[int, int], walks: list, tile: int)
 
 def _time(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

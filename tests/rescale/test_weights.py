@@ -189,9 +189,9 @@ def test_weights_of_another_model_are_refused(rescaling):
         HcFlow(2, 1),
     ],
 )
-def test_a_file_tells_its_network(net, shaken, published, tmp_path):
+def test_a_file_tells_its_network(net, shaken, as_published, tmp_path):
     pair = Pair(net, shaken(net))
-    found = weights.recognise(published(pair, tmp_path / "w.npz"))
+    found = weights.recognise(as_published(pair, tmp_path / "w.npz"))
     assert found.net == net
     jax.tree.map(np.testing.assert_array_equal, found.params, pair.params)
     assert weights.fingerprint(found) == weights.fingerprint(pair)
@@ -203,12 +203,12 @@ def test_published_weights_are_recognised(rescaling):
     assert nets == {"firn_x4": firn(), "imdn_x2": Imdn(2), "imdn_x4": Imdn(4)}
 
 
-def test_weights_of_something_else_are_refused(shaken, published, tmp_path):
+def test_weights_of_something_else_are_refused(shaken, as_published, tmp_path):
     np.savez(tmp_path / "other.npz", **{"conv1.weight": np.zeros((3, 3))})
     with pytest.raises(CheckpointError, match="weights of no pair known by its names"):
         weights.recognise(tmp_path / "other.npz")
     pair = Pair(net := Irn((1,), growth=2), shaken(net))
-    part = {k: v for k, v in weights.read(published(pair, tmp_path / "w.npz")).items() if "G.conv5" not in k}
+    part = {k: v for k, v in weights.read(as_published(pair, tmp_path / "w.npz")).items() if "G.conv5" not in k}
     np.savez(tmp_path / "part.npz", **part)
     with pytest.raises(CheckpointError, match=r"missing operations\.1\.G\.conv5"):
         weights.recognise(tmp_path / "part.npz")
