@@ -168,3 +168,21 @@ def load():
     sys.path.remove(str(folder))
     for name in {p.stem for p in folder.glob("*.py")} - before:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def as_published():
+    """Writes the weights of a pair as published files have them: kernels in PyTorch's order, .npz."""
+    import numpy as np
+
+    from hypervl_jax.tensors import flatten
+
+    def as_published(pair, path):
+        theirs = {k: np.asarray(v) for k, v in flatten(pair.params).items()}
+        theirs = {
+            k: np.moveaxis(v, (-3, -4, -2, -1), (-1, -2, -3, -4)) if v.ndim >= 4 else v for k, v in theirs.items()
+        }
+        np.savez(path, **theirs)
+        return path
+
+    return as_published

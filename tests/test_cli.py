@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hypervl_jax import cli, config, needs, preparing, presets
+from hypervl_jax import cli, config, needs, presets
 
 
 @pytest.fixture
@@ -40,7 +40,10 @@ def snapshot(folder):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [*(v for v in cli.VERBS if v != "data"), *(f"data {v}" for v in preparing.VERBS)])
+@pytest.mark.parametrize(
+    "verb",
+    [*(v for v in cli.VERBS if v not in cli.GROUPS), *(f"{g} {v}" for g, (vs, _) in cli.GROUPS.items() for v in vs)],
+)
 def test_help_teaches(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*verb.split(), "--help"])

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 from hypervl_jax import image as images
 from hypervl_jax.config import PlanPolicy
-from hypervl_jax.image import ImageError, load, prepare, proxy, resize
+from hypervl_jax.image import ImageError, layers, load, prepare, proxy, resize
 from hypervl_jax.plan import make
 from hypervl_jax.tiling import untile
 
@@ -75,6 +75,21 @@ def test_formats(kind, options, tolerance, tmp_path):
     with Image.open(path) as opened:
         for same in (path, str(path), opened):
             np.testing.assert_array_equal(load(same), pixels)
+
+
+def test_layers_are_what_load_puts_on_white(tmp_path):
+    alpha = np.linspace(0, 255, 24 * 40).astype(np.uint8).reshape(24, 40)
+    (tmp_path / "x.png").write_bytes(encode(np.dstack([scene(), alpha]), "PNG"))
+    apart = layers(tmp_path / "x.png")
+    np.testing.assert_array_equal(apart.rgb, scene())
+    np.testing.assert_array_equal(apart.alpha, alpha)
+    share = alpha[..., None] / 255
+    np.testing.assert_allclose(load(tmp_path / "x.png"), scene() * share + 255 * (1 - share), atol=1)
+    (tmp_path / "y.png").write_bytes(encode(scene(), "PNG"))
+    np.testing.assert_array_equal(layers(tmp_path / "y.png").rgb, load(tmp_path / "y.png"))
+    assert layers(tmp_path / "y.png")[1:] == (None, False, None, {})
+    with pytest.raises(ImageError, match="no such file"):
+        layers(tmp_path / "z.png")
 
 
 def stored(upright: np.ndarray, orientation: int) -> np.ndarray:

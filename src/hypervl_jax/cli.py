@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from hypervl_jax import __version__, needs, preparing
+from hypervl_jax import __version__, needs, preparing, rescaling
 from hypervl_jax.asking import ask, chat, tokens
 from hypervl_jax.config import BRANCHES, SEEDS, SIDE, Branch
 
@@ -200,8 +200,11 @@ VERBS = {
     "export": export,
     "convert": convert,
     "data": preparing.data,
+    "rescale": rescaling.rescale,
 }
-ABOUT = """A vision-language model for phones, in JAX: ask it, train it, export it, make it of published weights.
+GROUPS = {"data": (preparing.VERBS, preparing.data), "rescale": (rescaling.VERBS, rescaling.rescale)}
+ABOUT = """A vision-language model for phones, in JAX: ask it, train it, export it, make it of published weights;
+and its sibling, image rescaling.
 
 `hypervl VERB --help` shows examples and defaults; --version the version; --debug, with any verb, where an error comes
 from."""
@@ -216,8 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"hypervl {__version__}")
         return
     verbs, prog, about = VERBS, "hypervl", ABOUT
-    if argv[:1] == ["data"]:
-        verbs, prog, about, argv = preparing.VERBS, "hypervl data", preparing.data.__doc__, argv[1:]
+    if argv and argv[0] in GROUPS:
+        (verbs, group), prog, argv = GROUPS[argv[0]], f"hypervl {argv[0]}", argv[1:]
+        about = group.__doc__
     try:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=argv or ["--help"])
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Files to pixels, and pixels to what the model sees. Host side: Pillow and numpy, no device.
 
-One decode policy for train, serve, evaluate and export (`load`):
+One decode policy for train, serve, evaluate and export (`load`), and for rescaling (`layers`, which keeps transparency
+apart):
 
 * Formats: PNG, JPEG (a phone's MPO too), GIF, WebP, AVIF, TIFF, BMP, PPM. Others are refused: some of Pillow's readers
   start programs (EPS), some are seldom tested.
@@ -21,7 +22,9 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -35,6 +38,7 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000
 
 Source = str | os.PathLike | bytes | Image.Image | np.ndarray
+T = TypeVar("T")
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,6 +53,16 @@ _UPRIGHT = {
 
 class ImageError(ValueError):
     """A picture that can not be used; the message names it and says what to do."""
+
+
+class Layers(NamedTuple):
+    """A picture whose transparency is kept apart."""
+
+    rgb: UInt8[np.ndarray, "H W 3"]  # as stored, under transparent pixels too
+    alpha: UInt8[np.ndarray, "H W"] | None  # where the picture can be transparent: 0 is, 255 is not
+    grey: bool  # whether it was grey before it became RGB
+    profile: bytes | None  # ICC, of pictures that are stored as RGB: handed on, never read
+    text: dict[str, str]  # what the file says in words, PNG text chunks among it
 
 
 def load(
@@ -72,6 +86,20 @@ def load(
             f"{name or 'picture'}: a {type(source).__name__} is not a path, bytes, a Pillow image or a numpy array"
         )
     data = source if isinstance(source, bytes) else _read(Path(source), name, max_bytes)
+    return _opened(data, name, max_bytes, lambda image: _decode(image, name, max_pixels))
+
+
+def layers(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Layers:
+    """A file under the same policy, its transparency kept apart instead of put on white.
+
+    Raises `ImageError` as `load` does.
+    """
+    name = os.fspath(path)
+    data = _read(Path(path), name, max_bytes)
+    return _opened(data, name, max_bytes, lambda image: _decoded(image, name, max_pixels, _apart))
+
+
+def _opened(data: bytes, name: str, max_bytes: int, decode: Callable[[Image.Image], T]) -> T:
     if not data:
         raise ImageError(f"{name}: the file is empty; download or save it again")
     if len(data) > max_bytes:
@@ -82,7 +110,7 @@ def load(
         with warnings.catch_warnings():  # the limit here is max_pixels; Pillow's own warning comes at another one
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _decode(image, name, max_pixels)
+                return decode(image)
     except ImageError:
         raise
     except UnidentifiedImageError as e:
@@ -108,6 +136,10 @@ def _read(path: Path, name: str, max_bytes: int) -> bytes:
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
+    return _decoded(image, name, max_pixels, _on_white)
+
+
+def _decoded(image: Image.Image, name: str, max_pixels: int, finish: Callable[[Image.Image], T]) -> T:
     _check_size(image.height, image.width, name, max_pixels)
     try:
         image.load()
@@ -118,7 +150,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> UInt8[np.ndarray,
             )
         if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
             image = _eight_bit(image)
-        return _on_white(image)
+        return finish(image)
     except ImageError:
         raise
     except Exception as e:  # so do decoders of damaged data
@@ -148,6 +180,16 @@ def _on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _apart(image: Image.Image) -> Layers:
+    info, grey = image.info, image.mode in ("1", "L", "LA", "La")
+    rgba = np.array(image.convert("RGBA")) if image.has_transparency_data else None
+    rgb = np.array(image.convert("RGB")) if rgba is None else rgba[..., :3].copy()
+    profile = info.get("icc_profile")
+    kept = isinstance(profile, bytes) and profile[16:20] == b"RGB " and not grey
+    text = {k: str(v) for k, v in info.items() if isinstance(k, str) and isinstance(v, str)}
+    return Layers(rgb, None if rgba is None else rgba[..., 3].copy(), grey, profile if kept else None, text)
 
 
 def _from_array(array: np.ndarray, name: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:

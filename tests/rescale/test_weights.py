@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from hypervl_jax.rescale import weights
+from hypervl_jax.rescale.hcflow import HcFlow
+from hypervl_jax.rescale.imdn import Imdn
 from hypervl_jax.rescale.irn import Irn, firn
-from hypervl_jax.rescale.pairs import Bicubic
+from hypervl_jax.rescale.pairs import Bicubic, Pair
 from hypervl_jax.tensors import CheckpointError
 
 NET = Irn((1,), growth=2)
@@ -171,3 +173,51 @@ def test_weights_of_another_model_are_refused(rescaling):
         weights.load(firn(), rescaling / "weights" / "imdn_x2.npz")
     with pytest.raises(CheckpointError, match="do not fit"):
         weights.load(Bicubic(2), rescaling / "weights" / "imdn_x2.npz")
+
+
+# --- whose weights they are ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Irn((1,), growth=2),
+        Irn((2, 1), growth=3),
+        Irn((1, 1), "light"),
+        Imdn(2, width=16, blocks=2),
+        Imdn(4, width=16, blocks=1),
+        HcFlow(2, 1),
+    ],
+)
+def test_a_file_tells_its_network(net, shaken, as_published, tmp_path):
+    pair = Pair(net, shaken(net))
+    found = weights.recognise(as_published(pair, tmp_path / "w.npz"))
+    assert found.net == net
+    jax.tree.map(np.testing.assert_array_equal, found.params, pair.params)
+    assert weights.fingerprint(found) == weights.fingerprint(pair)
+
+
+def test_published_weights_are_recognised(rescaling):
+    files = rescaling / "weights"
+    nets = {name: weights.recognise(files / f"{name}.npz").net for name in ("firn_x4", "imdn_x2", "imdn_x4")}
+    assert nets == {"firn_x4": firn(), "imdn_x2": Imdn(2), "imdn_x4": Imdn(4)}
+
+
+def test_weights_of_something_else_are_refused(shaken, as_published, tmp_path):
+    np.savez(tmp_path / "other.npz", **{"conv1.weight": np.zeros((3, 3))})
+    with pytest.raises(CheckpointError, match="weights of no pair known by its names"):
+        weights.recognise(tmp_path / "other.npz")
+    pair = Pair(net := Irn((1,), growth=2), shaken(net))
+    part = {k: v for k, v in weights.read(as_published(pair, tmp_path / "w.npz")).items() if "G.conv5" not in k}
+    np.savez(tmp_path / "part.npz", **part)
+    with pytest.raises(CheckpointError, match=r"missing operations\.1\.G\.conv5"):
+        weights.recognise(tmp_path / "part.npz")
+
+
+def test_a_fingerprint_is_of_every_number_and_of_the_network(shaken):
+    net = Irn((1,), growth=2)
+    params = shaken(net)
+    moved = jax.tree.map(lambda x: x, params)
+    moved["operations.1"]["F"]["conv5"]["bias"] = moved["operations.1"]["F"]["conv5"]["bias"].at[0].add(1e-6)
+    prints = {weights.fingerprint(p) for p in (Pair(net, params), Pair(net, moved), Pair(Bicubic(2)), Pair(Bicubic(4)))}
+    assert len(prints) == 4

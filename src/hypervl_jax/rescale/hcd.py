@@ -102,8 +102,8 @@ class State(NamedTuple):
     """A loop between two steps. `best` and `waited` are of what was seen so far."""
 
     delta: Pictures
-    opt: Any
-    best_delta: Pictures
+    opt: Any  # Adam's moments; nothing for plain steps
+    best_delta: Pictures | None  # where the best is kept
     best: Float[Array, " B"]
     waited: Float[Array, " B"]
 
@@ -118,30 +118,41 @@ class Scene(NamedTuple):
     key: Array  # one an image
 
 
+class Passes(NamedTuple):
+    """How the networks run over pictures: at once (`WHOLE`), or tile by tile (`tiles.py`)."""
+
+    look: Callable[[Scene, HcdConfig, str, Array, Array | int], tuple[Array, Array]]  # see `look`
+    shrink: Callable[[Pair, Array], Array]  # the small pictures, of 8 bits
+
+
 def descend(
     pair: Pair,
     hr: Pictures,
     config: HcdConfig = HcdConfig(),
     key: Array | None = None,
     driver: Literal["auto", "host", "scan"] = "auto",
+    passes: Passes | None = None,
 ) -> HCDResult:
     """The small pictures of `hr` (0..1, sides multiples of the pair's scale) that restore best.
 
     `key` is one key (default: seed 0), or one an image; every image has draws, norms and budgets of its own, so a batch
-    equals its images one by one. "host" runs a compiled step from Python, "scan" is one program; "auto" takes the first
-    on CPUs, where XLA runs convolutions inside a loop far slower, except where this function is itself being
-    transformed.
+    equals its images one by one. "host" runs compiled programs from Python, "scan" is one program; "auto" takes the
+    first on CPUs, where XLA runs convolutions inside a loop far slower, except where this function is itself being
+    transformed. Other `passes` than `WHOLE` are always run from Python.
     """
     key = keys(jax.random.key(0) if key is None else key, len(hr))
+    if passes is not None:
+        driver = "host"
     if driver == "auto":
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((pair, hr, key)))
         driver = "host" if jax.default_backend() == "cpu" and not traced else "scan"
     size = jnp.float32(1.0 if config.eps_mode == "absolute" else (hr.shape[1] * hr.shape[2]) ** 0.5 / PAPER_SIDE)
-    delta, hr_trace = _loop(Scene(pair, hr, hr, size, key), config, "hr", driver)
+    passes = passes or WHOLE
+    delta, hr_trace = _loop(Scene(pair, hr, hr, size, key), config, "hr", driver, passes.look)
     moved = hr + delta
-    small = _shrink(pair, moved)
+    small = passes.shrink(pair, moved)
     target = hr if config.target == "original" else moved
-    delta, lr_trace = _loop(Scene(pair, small, target, size, key), config, "lr", driver)
+    delta, lr_trace = _loop(Scene(pair, small, target, size, key), config, "lr", driver, passes.look)
     return HCDResult(quantise(small + delta), moved, hr_trace, lr_trace)
 
 
@@ -153,14 +164,15 @@ def _shrink(pair: Pair, hr: Pictures) -> Float[Array, "B h w 3"]:
 # --- one loop --------------------------------------------------------------------------------------------------------
 
 
-def _loop(scene: Scene, config: HcdConfig, which: Literal["hr", "lr"], driver: str) -> tuple[Pictures, Trace]:
+def _loop(
+    scene: Scene, config: HcdConfig, which: Literal["hr", "lr"], driver: str, looking: Callable
+) -> tuple[Pictures, Trace]:
     """The perturbation after the loop, and what it saw."""
     how, steps = getattr(config, which), getattr(config, f"{which}_steps")
     nothing = jnp.zeros((0, len(scene.base)))
     if not steps:
         return jnp.zeros_like(scene.base), Trace(nothing, nothing)
-    # Only what a step depends on: its program then serves any number of steps, and whatever the other loop does
-    one = dataclasses.replace(config, hr_steps=0, lr_steps=0, hr=how, lr=how, eps_mode="absolute", target="original")
+    one = step_of(config, which)
     state = _begin(scene, one, which)
     number = steps + (how.keep == "best")  # the last look is for the loss alone
     if driver == "scan":
@@ -168,12 +180,18 @@ def _loop(scene: Scene, config: HcdConfig, which: Literal["hr", "lr"], driver: s
     else:
         seen = []
         for i in range(number):
-            state, look = _jit_step(scene, one, which, state, i)
-            seen.append(look)
+            state, saw = _jit_move(scene, one, which, state, *looking(scene, one, which, state.delta, i))
+            seen.append(saw)
             if config.patience and bool((state.waited >= config.patience).all()):
                 break
         trace = jax.tree.map(lambda *x: jnp.stack(x), *seen)
-    return state.best_delta if how.keep == "best" else state.delta, trace
+    return state.delta if state.best_delta is None else state.best_delta, trace
+
+
+def step_of(config: HcdConfig, which: str) -> HcdConfig:
+    """What a step of one loop depends on: its program serves any number of steps, and whatever the other loop does."""
+    how = getattr(config, which)
+    return dataclasses.replace(config, hr_steps=0, lr_steps=0, hr=how, lr=how, eps_mode="absolute", target="original")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -182,7 +200,8 @@ def _begin(scene: Scene, config: HcdConfig, which: Literal["hr", "lr"]) -> State
     delta = jnp.zeros_like(scene.base)
     if how.start == "random":
         delta = jax.vmap(lambda k, x: _somewhere(k, x, how, scene.size))(_fold(scene.key, which == "lr"), scene.base)
-    return State(delta, _adam().init(delta), delta, jnp.full(b, jnp.inf), jnp.zeros(b))
+    opt = _adam().init(delta) if how.optimiser == "adam" else ()
+    return State(delta, opt, delta if how.keep == "best" else None, jnp.full(b, jnp.inf), jnp.zeros(b))
 
 
 def _somewhere(key: Array, base: Array, how: Descent, size: Array) -> Array:
@@ -197,7 +216,11 @@ def _somewhere(key: Array, base: Array, how: Descent, size: Array) -> Array:
 
 
 def _step(scene: Scene, config: HcdConfig, which: str, state: State, i: Array | int) -> tuple[State, Trace]:
-    """Looks at the loss, and moves every image that does not rest."""
+    return _move(scene, config, which, state, *look(scene, config, which, state.delta, i))
+
+
+def look(scene: Scene, config: HcdConfig, which: str, delta: Pictures, i: Array | int) -> tuple[Array, Pictures]:
+    """What restoring loses of each image at step `i`, and the gradient on what is moved."""
     how = getattr(config, which)
     draws = {"fresh": lambda: _fold(scene.key, 2 + 2 * i + (which == "lr")), "fixed": lambda: scene.key}
     z = draws.get(config.z, lambda: None)()
@@ -209,27 +232,38 @@ def _step(scene: Scene, config: HcdConfig, which: str, state: State, i: Array | 
         losses = config.loss(restored, scene.target)
         return losses.sum(), losses  # images do not meet, so the gradient of the sum is each one's own
 
-    (_, losses), grad = jax.value_and_grad(looked, has_aux=True)(state.delta)
+    (_, losses), grad = jax.value_and_grad(looked, has_aux=True)(delta)
+    return losses, grad
+
+
+def _move(
+    scene: Scene, config: HcdConfig, which: str, state: State, losses: Array, grad: Pictures
+) -> tuple[State, Trace]:
+    """Moves every image that does not rest."""
+    how = getattr(config, which)
     norms = _norm(grad)
+    opt = state.opt
     if how.optimiser == "adam":
-        move, opt = _adam().update(grad, state.opt)
+        move, opt = _adam().update(grad, opt)
     else:
-        move, opt = jnp.sign(grad) if how.norm == "linf" else grad / (_wide(norms) + 1e-10), state.opt
+        move = jnp.sign(grad) if how.norm == "linf" else grad / (_wide(norms) + 1e-10)
     length = how.alpha if how.norm == "linf" or how.optimiser == "adam" else how.alpha * scene.size
     delta = _bound(state.delta - length * move, scene, how)
     resting = (state.waited >= config.patience) if config.patience else jnp.zeros(len(losses), bool)
     better = (losses < state.best) & ~resting
+    best_delta = state.best_delta
     after = State(
         jnp.where(_wide(resting), state.delta, delta),
         opt,
-        jnp.where(_wide(better), state.delta, state.best_delta),
+        None if best_delta is None else jnp.where(_wide(better), state.delta, best_delta),
         jnp.where(better, losses, state.best),
         jnp.where(better, 0, state.waited + 1),
     )
     return after, Trace(jnp.where(resting, jnp.nan, losses), jnp.where(resting, jnp.nan, norms))
 
 
-_jit_step = jax.jit(_step, static_argnums=(1, 2))
+_jit_move = jax.jit(_move, static_argnums=(1, 2))
+WHOLE = Passes(jax.jit(look, static_argnums=(1, 2)), _shrink)
 
 
 def _bound(delta: Pictures, scene: Scene, how: Descent) -> Pictures:

@@ -18,7 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from hypervl_jax.rescale.resample import bicubic_8bit, bicubic_f32
 
@@ -93,7 +94,7 @@ def noise(key: Key, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys(key, shape[0]))
 
 
-def shrunk(hr: Float[Array, "B H W C"], scale: int) -> tuple[int, int]:
+def shrunk(hr: Shaped[Array | np.ndarray, "B H W C"], scale: int) -> tuple[int, int]:
     """(height, width) of the small picture. Raises `ValueError` where sides are no multiples of `scale`."""
     h, w = hr.shape[1:3]
     if h % scale or w % scale:

@@ -7,7 +7,9 @@ tensors and plain containers and refuses every other name, so it can build nothi
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
 import math
 import pickle
 import re
@@ -21,6 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypervl_jax.rescale.hcflow import HcFlow
+from hypervl_jax.rescale.imdn import Imdn
+from hypervl_jax.rescale.irn import Irn
 from hypervl_jax.rescale.pairs import Network, Pair, Params
 from hypervl_jax.tensors import CheckpointError, flatten, header
 
@@ -39,6 +44,45 @@ def load(net: Network, file: Path | str) -> Pair:
     """`net` with the weights of a file, in f32. Raises `CheckpointError` as `read` does, and naming all that does not
     fit the network."""
     return Pair(net, fit(net, read(file), str(file)))
+
+
+def recognise(file: Path | str) -> Pair:
+    """The pair whose weights a file holds, which their names and shapes tell: IRN, FIRN, HCFlow or IMDN of any size.
+    Raises `CheckpointError` as `load` does, and for weights of anything else."""
+    found = read(file)
+    net = _network({k.removeprefix("module."): v.shape for k, v in found.items()}, str(file))
+    return Pair(net, fit(net, found, str(file)))
+
+
+def _network(shapes: dict[str, tuple[int, ...]], where: str) -> Network:
+    """What there is most to tell by, and no more: `fit` compares the rest."""
+
+    def counted(pattern: str) -> list[int]:
+        return sorted({int(m[1]) for name in shapes if (m := re.match(pattern, name))})
+
+    def first(name: str) -> int:
+        return next(iter(shapes.get(name, ())), 1)
+
+    if couplings := counted(r"operations\.(\d{1,4})\.F\."):
+        blocks = [1]
+        for before, at in itertools.pairwise(couplings):  # Haar has a number too: a gap begins a stage
+            blocks = [*blocks[:-1], blocks[-1] + 1] if at == before + 1 else [*blocks, 1]
+        f = f"operations.{couplings[0]}.F"
+        light = f"{f}.c1_d.weight" in shapes
+        return Irn(tuple(blocks), "light") if light else Irn(tuple(blocks), growth=first(f"{f}.conv1.weight"))
+    if blocks := counted(r"IMDB(\d{1,4})\."):
+        return Imdn(math.isqrt(first("upsampler.0.weight") // 3), first("fea_conv.weight"), len(blocks))
+    if layers := counted(r"flow\.layers\.(\d{1,4})\.affine\."):
+        return HcFlow(len(layers) // 2, len(counted(r"flow\.level0_condFlow\.additional_flow_steps\.(\d{1,4})\.")))
+    raise CheckpointError(f"{where}: weights of no pair known by its names (IRN, FIRN, HCFlow, IMDN); check the file")
+
+
+def fingerprint(pair: Pair) -> str:
+    """16 hex digits that tell weights apart: of the network and its numbers in f32, whatever file they came from."""
+    digest = hashlib.sha256(repr(pair.net).encode())
+    for name, leaf in sorted(flatten(pair.params).items()):
+        digest.update(f"{name}{leaf.shape}".encode() + np.asarray(leaf, "<f4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def fit(net: Network, found: dict[str, np.ndarray], where: str) -> Params:
