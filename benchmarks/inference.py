@@ -16,6 +16,7 @@ narrow weights.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import sys
@@ -134,14 +135,15 @@ def encode(size: Sizes, params: dict, peers: Any, device: str) -> dict[str, Any]
     import jax
     import numpy as np
 
-    from hypervl_jax.model import hypervl
+    from hypervl_jax.model import hypervl, vit
 
     cfg, p = size.model, size.model.policy
     tile = np.random.default_rng(0).random((1, p.tile, p.tile, 3), np.float32)
     mask, out = np.ones((1, p.patches_per_side**2), bool), {}
     for branch in ("base", "large"):
         mine = keep({branch: params[branch]}, size.dtype)
-        run = jax.jit(lambda q, t, m, b=branch: hypervl.look(q, cfg, b, t, m)).lower(mine, tile, mask).compile()
+        look = functools.partial(hypervl.look, cfg=cfg, branch=branch, block=vit.one_tile())
+        run = jax.jit(lambda q, t, m, look=look: look(q, tiles=t, mask=m)).lower(mine, tile, mask).compile()
         calls: dict[str, Callable] = {"jax": lambda run=run, mine=mine: jax.block_until_ready(run(mine, tile, mask))}
         if peers:
             theirs = peers.Encoder(cfg.vit(branch), params[branch]["vit"], device, size.dtype)
@@ -244,7 +246,7 @@ def first_token(size: Sizes, params: dict, peers: Any, device: str) -> list[dict
 
     cfg, rng = size.model, np.random.default_rng(2)
     mine = keep({k: params[k] for k in ("base", "llm")}, size.dtype)
-    look = jax.jit(lambda p, t, m: hypervl.encode_batch(p, cfg, "base", t, m))
+    look = jax.jit(lambda p, t, m: hypervl.encode_tile(p, cfg, "base", t, m))
 
     def feed(p, state, features, count):
         return generate.extend(p, cfg, state, features, count)
@@ -264,7 +266,7 @@ def first_token(size: Sizes, params: dict, peers: Any, device: str) -> list[dict
 
         def ours(pixels=pixels, p=p, n=n, runs=runs):
             tiles, masks = image.prepare(pixels, p), p.patch_mask()
-            seen = [np.asarray(look(mine, t[None], m[None]))[0] for t, m in zip(tiles, masks, strict=True)]
+            seen = [np.asarray(look(mine, t, m)) for t, m in zip(tiles, masks, strict=True)]
             x = np.zeros((1, runs[-1][0] + runs[-1][1], cfg.llm.width), np.float32)
             x[0, :n] = table_[np.arange(n) % len(table_)]
             features = np.concatenate(seen)[:n]

@@ -123,6 +123,10 @@ def test_name_term_is_the_oracles_and_skips_what_is_not_there():
     assert got == pytest.approx(np.mean(picked), rel=1e-5)
     assert losses.name_loss(features, weights.at[0, 1].add(9.0), names, table) == got
     assert losses.name_loss(features, weights, jnp.full_like(names, -1), table) == 0
+    other = jnp.where(names >= 0, (names + 1) % len(table), -1)
+    both = losses.name_loss(features, weights, jnp.stack([names, other], -1), table)
+    apart = [losses.name_loss(features, weights, n, table) for n in (names, other)]
+    assert both == pytest.approx(float(sum(apart)) / 2, rel=1e-6)  # synonyms weigh alike
 
 
 def test_shares_of_patches_become_shares_of_their_tokens():

@@ -54,7 +54,8 @@ def even(ragged):
     """The same screens with the same count in every row: one answer and one thing each, and every token real."""
     loss = ragged.loss & (ragged.segments == 1)
     first = jnp.arange(ragged.names.shape[1]) == 0
-    names, words = (jnp.where(first, jnp.maximum(x, 0), -1) for x in (ragged.names, ragged.words))
+    names = jnp.where(first, jnp.maximum(ragged.names, 0), -1)
+    words = jnp.where(first[:, None], jnp.maximum(ragged.words, 0), -1)
     assert loss.any(1).all()
     return ragged._replace(loss=loss, names=names, words=words, mask=jnp.ones_like(ragged.mask))
 

@@ -71,7 +71,7 @@ def encode(model: Model, pixels: UInt8[np.ndarray, "H W 3"], view: View) -> Seen
     """Encodes the tiles of a picture one after another, through one compiled program."""
     tiles, masks = image.prepare(pixels, view.plan), view.plan.patch_mask()
     run = functools.partial(_encode, model.params, model.config, view.branch)
-    features = [np.asarray(run(t[None], m[None])[0]) for t, m in zip(tiles, masks, strict=True)]
+    features = [np.asarray(run(t, m)) for t, m in zip(tiles, masks, strict=True)]
     return Seen(view, np.concatenate(features))
 
 
@@ -82,7 +82,7 @@ def see(model: Model, pixels: UInt8[np.ndarray, "H W 3"], branch: Branch = "base
 
 @functools.partial(jax.jit, static_argnames=("cfg", "branch"))
 def _encode(params: dict, cfg: ModelConfig, branch: Branch, tile: Array, mask: Array) -> Array:
-    return hypervl.encode_batch(params, cfg, branch, tile, mask)
+    return hypervl.encode_tile(params, cfg, branch, tile, mask)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

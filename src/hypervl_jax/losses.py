@@ -17,6 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 Weights = Bool[Array, "..."] | Float[Array, "..."]
 
 
+def unit(features: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Features of root mean square 1, as a decoder's layers and its head see them."""
+    return features * jax.lax.rsqrt((features * features).mean(-1, keepdims=True) + 1e-6)
+
+
 def mean_where(values: Float[Array, "..."], weights: Weights, total: Array | None = None) -> Float[Array, ""]:
     """Mean of `values` by `weights` (a mask weighs alike what it shows); 0 where nothing weighs. With the `total`
     weight of a larger batch, what these values add to its mean."""
@@ -63,14 +68,17 @@ def pool_cells(weights: Float[Array, "B K F"], side: int, merge: int) -> Float[A
 def name_loss(
     features: Float[Array, "B F D"],
     weights: Float[Array, "B K F"],
-    names: Int[Array, "B K"],
+    names: Int[Array, "B K *S"],
     table: Float[Array, "N D"],
     total: Array | None = None,
 ) -> Float[Array, ""]:
     """Image-name term: the features of each thing's patches (or tokens), pooled with `weights`, must pick its name out
-    of a table of one vector a name. `names` is -1 where there is none. Keeps a small model off the language prior."""
+    of a table of one vector a name; of S synonyms each, alike. `names` is -1 where there is none. Keeps a small model
+    off the language prior."""
     pooled = jnp.einsum("bkf,bfd->bkd", weights, features)
     logits = jnp.einsum("bkd,cd->bkc", pooled, table)
+    if names.ndim == 3:
+        logits = jnp.broadcast_to(logits[:, :, None], (*names.shape, len(table)))
     return mean_where(cross_entropy(logits, jnp.maximum(names, 0)), names >= 0, total)
 
 

@@ -158,9 +158,11 @@ def loss_fn(
     Gradients flow into `trained` only.
 
     The image-name term has three parts: patches through a table of its own, and the tokens that the decoder will see
-    through the decoder's own head, where each thing should already say the first token of its name. The second teaches
-    projector and head, not the encoder: tokens are too coarse to teach it small things. And each token must say which
-    cell of its tile it is, or encoders so trained forget it and the decoder cannot tell places.
+    through the decoder's own head, where each thing should already say the first token of its name, both as it begins
+    an answer and as it stands in a question, or the decoder would have to learn name by name that these are one. The
+    second teaches projector and head, not the encoder: tokens are too coarse to teach it small things. And each token
+    must say which cell of its tile it is, or encoders so trained forget it and the decoder cannot tell places. Tokens
+    are taken at unit size, or they would grow until no layer of the decoder could change them.
     """
     wide = optim.joined(fixed, trained)
     params = _narrow(wide, cfg)
@@ -173,11 +175,11 @@ def loss_fn(
         real = _cells(cfg, batch)
         for b in job.branches:
             tables = params[f"names_{b}"]
-            alone = features(params, cfg, b, jax.lax.stop_gradient(seen[b]))
+            alone = losses.unit(features(params, cfg, b, jax.lax.stop_gradient(seen[b])))
             found = {
                 "name": losses.name_loss(seen[b], batch.weights, batch.names, tables["names"], total.names),
                 "word": losses.name_loss(alone, shares, batch.words, cast(Array, llm.head(params["llm"])), total.words),
-                "cell": losses.cell_loss(feats[b], real, tables["cells"], total.cells),
+                "cell": losses.cell_loss(losses.unit(feats[b]), real, tables["cells"], total.cells),
             }
             whole += cfg.train.name_weight * sum(found.values())
             parts |= {f"{k}_{b}": v for k, v in found.items()}

@@ -132,8 +132,18 @@ def test_names_are_classes_and_weights_shares(tiny_batches, tiny_classes, tiny_t
         total = batch.weights.sum(-1)
         np.testing.assert_allclose(total[batch.names >= 0], 1, rtol=1e-5)
         assert not total[batch.names < 0].any()
-        for name, word in zip(batch.names.ravel(), batch.words.ravel(), strict=True):
-            assert word == (tiny_tokenizer.encode(tiny_classes[name])[0] if name >= 0 else -1)
+        for name, (answer, inside) in zip(batch.names.ravel(), batch.words.reshape(-1, 2), strict=True):
+            if name < 0:
+                assert answer == inside == -1
+                continue
+            word = tiny_classes[name]
+            assert answer == tiny_tokenizer.encode(word)[0]
+            if word.isdigit():  # digits stand alone wherever they are
+                assert inside == answer
+            else:
+                assert (
+                    inside == tiny_tokenizer.encode(f"where is the {word}?")[len(tiny_tokenizer.encode("where is the"))]
+                )
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     positions: Rows  # i32[B L]
     segments: Rows  # i32[B L]
     names: Rows  # i32[B K]
-    words: Rows  # i32[B K], the first token of the name
+    words: Rows  # i32[B K 2], the first token of the name, as an answer begins with it and inside a sentence
     weights: Rows  # f32[B K N*P]
 
 
@@ -132,9 +132,9 @@ def collate(
     tiles = np.zeros((len(screens), n, policy.tile, policy.tile, 3), np.uint8)
     mask = np.zeros((len(screens), n, policy.patches_per_side**2), bool)
     index = {c: i for i, c in enumerate(classes)}
-    first = [tokenizer.encode(c)[0] for c in classes]
+    first = [_begins(tokenizer, c) for c in classes]
     names = np.full((len(screens), things), -1, np.int32)
-    words = names.copy()
+    words = np.full((len(screens), things, 2), -1, np.int32)
     weights = np.zeros((len(screens), things, n * policy.patches_per_side**2), np.float32)
     for b, (screen, p) in enumerate(zip(screens, plans, strict=True)):
         tiles[b, : p.n_tiles] = image.prepare(screen.image, p)
@@ -147,6 +147,12 @@ def collate(
     return Batch(
         tiles, mask, *text.stack(prompts, cfg.lengths[bucket], tokenizer.special(tokens.PAD)), names, words, weights
     )
+
+
+def _begins(tokenizer: Tokenizer, name: str) -> tuple[int, int]:
+    """The first token of a name that is an answer, and of one that follows a space: to the tokenizer, two words."""
+    spaced = tokenizer.encode(" " + name)
+    return tokenizer.encode(name)[0], next(t for t in spaced if tokenizer.token(t).strip())
 
 
 def batches(

@@ -25,7 +25,8 @@ class Adapted(NamedTuple):
     b: Any  # [... O r]
 
 
-Weight = Array | np.ndarray | Quantized | Adapted
+Matrix = Array | np.ndarray | Quantized
+Weight = Matrix | Adapted
 _NT = (((1,), (1,)), ((), ()))  # [M I] x [O I] -> [M O]
 _BLOCK = 2 << 20  # bytes of f32 weights that are made at a time: they stay in the cache
 _BLOCK_4 = 512 << 10  # the same of 4 bits for a single row
@@ -99,12 +100,12 @@ def take(weight: Weight, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
     return dequantize(rows) if isinstance(rows, Quantized) else rows
 
 
-def _plain(x: Float[Array, "M I"], weight: Weight) -> Float[Array, "M O"]:
+def _plain(x: Float[Array, "M I"], weight: Matrix) -> Float[Array, "M O"]:
     w = dequantize(weight, x.dtype) if isinstance(weight, Quantized) else weight.astype(x.dtype)
     return jax.lax.dot_general(x, w, _NT).astype(x.dtype)
 
 
-def _narrow(x: Float[Array, "M I"], weight: Weight) -> Float[Array, "M O"]:
+def _narrow(x: Float[Array, "M I"], weight: Matrix) -> Float[Array, "M O"]:
     one_row = x.shape[0] == 1
     if not isinstance(weight, Quantized):  # may be trained
         y = _bf16_row(x, weight) if one_row and weight.dtype == jnp.bfloat16 else _plain(x, weight)

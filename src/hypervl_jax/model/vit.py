@@ -6,6 +6,8 @@ Axes: N tiles, T tile side in pixels, P patches a tile, H heads, D width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,20 +15,32 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Num
 
 from hypervl_jax.config import VitConfig
-from hypervl_jax.model.layers import LayerNorm, Linear, Stack, attention
+from hypervl_jax.model.layers import LayerNorm, Linear, Stack, attention, cpu_attention
 
 
 class Block(nn.Module):
     cfg: VitConfig
+    attend: ClassVar = staticmethod(attention)
 
     @nn.compact
     def __call__(self, x: Float[Array, "N P D"], cache: None, mask: Bool[Array, "N 1 P"]) -> tuple[Array, None]:
         c = self.cfg
         y = LayerNorm(c.eps, name="norm1")(x)
         q, k, v = (rearrange(Linear(c.width, name=n)(y), "n p (h d) -> n h p d", h=c.heads) for n in ("q", "k", "v"))
-        x = x + Linear(c.width, name="o")(rearrange(attention(q, k, v, mask), "n h p d -> n p (h d)"))
+        x = x + Linear(c.width, name="o")(rearrange(self.attend(q, k, v, mask), "n h p d -> n p (h d)"))
         y = LayerNorm(c.eps, name="norm2")(x)
         return x + Linear(c.width, name="fc2")(jax.nn.gelu(Linear(c.mlp, name="fc1")(y), approximate=True)), cache
+
+
+class CpuBlock(Block):
+    """For one tile on a CPU; the same numbers."""
+
+    attend: ClassVar = staticmethod(cpu_attention)
+
+
+def one_tile() -> type[Block]:
+    """The block that encodes a single tile fastest on this backend."""
+    return CpuBlock if jax.default_backend() == "cpu" else Block
 
 
 class Vit(nn.Module):
@@ -36,6 +50,7 @@ class Vit(nn.Module):
     cfg: VitConfig
     scan: bool = True
     remat: bool | str = False
+    block: type[Block] = Block
 
     @nn.compact
     def __call__(self, tiles: Num[Array, "N T T 3"], mask: Bool[Array, "N P"]) -> Float[Array, "N P D"]:
@@ -47,5 +62,5 @@ class Vit(nn.Module):
         patches = jnp.where(mask[..., None], patches, -1)
         pos = self.param("pos", nn.initializers.normal(0.02), (c.patches, c.width))
         x = Linear(c.width, name="patch")(patches.astype(pos.dtype)) + pos
-        x, _ = Stack(Block, c, c.depth, self.scan, self.remat, name="blocks")(x, None, mask[:, None])
+        x, _ = Stack(self.block, c, c.depth, self.scan, self.remat, name="blocks")(x, None, mask[:, None])
         return LayerNorm(c.eps, name="norm")(x)
