@@ -42,7 +42,7 @@ def answer_weights(mask: Bool[Array, "B L"], segments: Int[Array, "B L"]) -> Flo
     return jnp.where(mask, 1 / jnp.maximum(same.sum(-1), 1), 0.0)
 
 
-def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """-log softmax(logits)[target], nats, f32."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
