@@ -151,8 +151,8 @@ def test_a_run_older_than_a_setting_goes_on(whole, run):
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path, monkeypatch):
     fresh = train.init_state
 
-    def poisoned(cfg, classes):
-        state = fresh(cfg, classes)
+    def poisoned(*how):
+        state = fresh(*how)
         state.params["large"]["vit"]["norm"]["bias"] *= jnp.nan
         return state
 

@@ -210,10 +210,10 @@ def collate(
                 mask[b, used : used + p.n_tiles] = p.patch_mask()
                 used += p.n_tiles
         prompts.append(text.Prompt(*(np.concatenate(column) for column in zip(*written, strict=True))))
-    none = np.full((len(rows), 1), -1, np.int32)
+    names, words = (np.full((len(rows), 1, *more), -1, np.int32) for more in ((), (2,)))
     weights = np.zeros((len(rows), 1, n * policy.patches_per_side**2), np.float32)
     stacked = text.stack(prompts, data.lengths[bucket], tokenizer.special(tokens.PAD))
-    return Batch(tiles, mask, *stacked, none, none.copy(), weights)
+    return Batch(tiles, mask, *stacked, names, words, weights)
 
 
 def batches(
