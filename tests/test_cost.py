@@ -65,7 +65,7 @@ def test_memory_is_that_of_one_tile_and_of_the_weights(tiny_config, tiny_params)
         found = cost.encoding(tiny_config.model, branch)
         assert found.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(tiny_params[branch]))
         assert found.working == bench.temporary_bytes(
-            lambda *a, branch=branch: hypervl.encode_batch(a[0], tiny_config.model, branch, *a[1:]),
+            lambda p, t, m, branch=branch: hypervl.encode_tile(p, tiny_config.model, branch, t[0], m[0]),
             *bench.encoder_shapes(tiny_config.model, branch, 1),
         )
     assert cost.decoder_bytes(tiny_config.model) == sum(leaf.nbytes for leaf in jax.tree.leaves(tiny_params["llm"]))

@@ -30,6 +30,24 @@ def test_a_run_goes_on_under_settings_that_came_later_if_they_have_their_default
         quickstart._same_config(path, tiny_config)
 
 
+def test_what_vrc_learns_from_may_change_until_it_has(tiny_config, tmp_path):
+    path, stages, vrc = tmp_path / "config.json", tmp_path / "stages", tiny_config.vrc
+    longer = replace(tiny_config, vrc=replace(vrc, steps=vrc.steps + 1))
+    coarser = replace(tiny_config, vrc=replace(vrc, ratios=(0.5, 1.0)))
+    stages.mkdir()
+    for cfg in (tiny_config, coarser, longer):
+        quickstart._same_config(path, cfg)
+        assert json.loads(path.read_text()) == json.loads(json.dumps(config.to_dict(cfg)))
+    (stages / "labels.json").touch()
+    with pytest.raises(ConfigError, match="other settings"):
+        quickstart._same_config(path, coarser)
+    quickstart._same_config(path, tiny_config)
+    (stages / "vrc.json").touch()
+    with pytest.raises(ConfigError, match="other settings"):
+        quickstart._same_config(path, longer)
+    quickstart._same_config(path, tiny_config)
+
+
 def test_a_stage_is_computed_once(tmp_path, capsys):
     calls = []
     first = Stages(tmp_path)("a", lambda: calls.append(1) or {"x": [1, 2]})

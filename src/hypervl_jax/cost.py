@@ -58,7 +58,7 @@ def encoding(cfg: ModelConfig, branch: Branch) -> Encoding:
     """Bytes that encoding takes, by the compiler's own account; compiles one tile's program and runs nothing."""
     shapes = bench.encoder_shapes(cfg, branch, 1)
     weights = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(shapes[0]))
-    working = bench.temporary_bytes(lambda *a: hypervl.encode_batch(a[0], cfg, branch, *a[1:]), *shapes)
+    working = bench.temporary_bytes(lambda p, t, m: hypervl.encode_tile(p, cfg, branch, t[0], m[0]), *shapes)
     return Encoding(weights, working)
 
 

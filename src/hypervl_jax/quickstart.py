@@ -125,6 +125,7 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
     out, stage = Path(out), Stages(Path(out))
     model = make_model(cfg, out, stage=stage)
     origin = stage("origin", _origin)  # of the process that came here first
+    del stage.seconds["origin"]
     tests = judge.held_out(cfg, out / "data")
     ratios = {
         s: np.asarray(stage(f"ratios_{s}", lambda s=s: evaluate.ratios(model, tests[s]).tolist())) for s in judge.SPLITS
@@ -208,12 +209,22 @@ def _read(path: Path) -> Any:
 
 
 def _same_config(path: Path, cfg: Config) -> None:
+    """Raises `ConfigError` where a run has other settings. Those of VRC may change until what they decide is there."""
     if not path.exists():
         _write(path, config.to_dict(cfg))
         return
     values = _read(path)
     with contextlib.suppress(config.ConfigError):  # a setting that a run did not know yet has its default
-        if config.from_dict(Config, values) == cfg:
+        was = config.from_dict(Config, values)
+        if was == cfg:
+            return
+        decided = {"labels": ("branch", "ratios"), "vrc": [f.name for f in dataclasses.fields(cfg.vrc)]}
+        there = [
+            k for name, keys in decided.items() if (path.parent / "stages" / f"{name}.json").exists() for k in keys
+        ]
+        same = all(getattr(was.vrc, k) == getattr(cfg.vrc, k) for k in there)
+        if same and dataclasses.replace(was, vrc=cfg.vrc) == cfg:
+            _write(path, config.to_dict(cfg))
             return
     raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
 
