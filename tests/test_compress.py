@@ -324,7 +324,10 @@ def test_spearman_by_hand():
 def test_what_vrc_learns_from_is_varied_and_padding_stays_black():
     rng, proxies = np.random.default_rng(0), np.zeros((8, 6, 6, 3), np.uint8)
     proxies[:, :2, :3] = [200, 100, 50]
-    got = compress._varied(rng, proxies)
+    got, mirrored = compress.varied(rng, proxies)
+    for p, (down, across) in zip(got, mirrored, strict=True):
+        assert (p[:2] > 0).any() != down
+        assert (p[:, :3] > 0).any() != across
     assert {(p > 0).any(-1).sum() for p in got} == {6}  # as much picture as there was
     assert len({p.tobytes() for p in got}) == 8
     assert got.max() <= 200

@@ -176,15 +176,16 @@ def predict(params: Params, cfg: VrcConfig, pixels: UInt8[np.ndarray, "H W 3"], 
 @functools.partial(jax.jit, static_argnames="cfg")
 def predict_proxies(params: Params, cfg: VrcConfig, proxies: Array) -> Array:
     """alpha' f32[B] of proxies [B S S 3], u8 or float in 0..1."""
-    return cast(Array, vrc.Vrc(cfg, depthwise=_form()).apply({"params": params}, _unit(proxies)))
+    return cast(Array, vrc.Vrc(cfg, depthwise=form()).apply({"params": params}, unit(proxies)))
 
 
-def _unit(proxies: Array) -> Array:
-    """u8 or any float -> f32 in 0..1."""
+def unit(proxies: Array) -> Array:
+    """Proxies as the network takes them: u8 or any float -> f32 in 0..1."""
     return proxies.astype(jnp.float32) / (255 if proxies.dtype == jnp.uint8 else 1)
 
 
-def _form() -> vrc.Depthwise:
+def form() -> vrc.Depthwise:
+    """How depthwise convolutions are fastest here."""
     return "shift" if jax.default_backend() == "cpu" else "conv"
 
 
@@ -223,7 +224,7 @@ def train(
             if len(order) < how.batch:
                 order = np.concatenate([order, rng.permutation(n)])
             pick, order = order[: how.batch], order[how.batch :]
-            params, opt, loss = _step(params, opt, _varied(rng, proxies[pick]), targets[pick], cfg, how)
+            params, opt, loss = _step(params, opt, varied(rng, proxies[pick])[0], targets[pick], cfg, how)
             losses.append(loss)
             if step % 20 == 0 or step + 1 == how.steps:  # reading the loss waits for the device
                 if not np.isfinite(loss):
@@ -232,25 +233,32 @@ def train(
     return params, np.asarray(losses, np.float32)
 
 
-def _varied(rng: np.random.Generator, proxies: np.ndarray) -> np.ndarray:
-    """Other pictures that bear as much shrinking. Black stays black: it is padding."""
-    out = np.empty_like(proxies)
+def varied(rng: np.random.Generator, proxies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Other pictures that bear as much shrinking, and which are mirrored, bool[B 2] (top to bottom, left to right).
+    Black stays black: it is padding."""
+    out, mirrored = np.empty_like(proxies), np.empty((len(proxies), 2), bool)
     for i, proxy in enumerate(proxies):
-        rows, columns = (slice(None, None, step) for step in rng.choice([-1, 1], 2))
+        mirrored[i] = flips = rng.choice([-1, 1], 2) < 0
+        rows, columns = (slice(None, None, -1 if f else 1) for f in flips)
         out[i] = proxy[rows, columns][..., rng.permutation(3)] * rng.uniform(0.6, 1.0)
-    return out
+    return out, mirrored
 
 
 def _optimizer(how: VrcTrainConfig) -> optax.GradientTransformation:
-    warm = max(1, how.steps // 20)
-    rate = optax.warmup_cosine_decay_schedule(how.lr / warm, how.lr, warm, max(how.steps, warm + 1))
-    return optax.adamw(rate, weight_decay=how.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
+    return optimizer(how.lr, how.steps, how.weight_decay)
+
+
+def optimizer(lr: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW, 5 % warm-up, cosine to zero; only matrices and kernels decay."""
+    warm = max(1, steps // 20)
+    rate = optax.warmup_cosine_decay_schedule(lr / warm, lr, warm, max(steps, warm + 1))
+    return optax.adamw(rate, weight_decay=weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "how"))
 def _step(params: Params, opt: Any, proxies: Array, targets: Array, cfg: VrcConfig, how: VrcTrainConfig):
     def error(params):
-        alpha, stats = vrc.Vrc(cfg, train=True, depthwise=_form()).apply({"params": params}, _unit(proxies))
+        alpha, stats = vrc.Vrc(cfg, train=True, depthwise=form()).apply({"params": params}, unit(proxies))
         return jnp.mean((alpha - targets) ** 2), stats
 
     (loss, stats), grads = jax.value_and_grad(error, has_aux=True)(params)

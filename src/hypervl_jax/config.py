@@ -345,11 +345,14 @@ class VrcTrainConfig:
     batch: int = 32
     lr: float = 6e-3
     weight_decay: float = 1e-5
+    sight_steps: int = 0  # before that: the trunk learns to see what stands on a screen (`sight.py`); needs its boxes
+    sight_lr: float = 6e-3
     seed: int = 0
 
     def __post_init__(self):
         _positive(self, "steps", "batch")
-        _above_zero(self, "tolerance", "lr")
+        _above_zero(self, "tolerance", "lr", "sight_lr")
+        _within(self, 0, MANY, "sight_steps")
         _within(self, 0, MANY, "floor", "weight_decay")
         _within(self, 0, SEEDS, "seed")
         if self.ratios[-1:] != (1.0,) or not all(a < b for a, b in itertools.pairwise((0, *self.ratios))):

@@ -229,15 +229,19 @@ def proxy(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> Float32[np.ndarray, 
     A picture smaller than `side` both ways lies unscaled at the top left; any other is shrunk (bilinear) until its
     longer side is `side`, and centred.
     """
-    h, w = pixels.shape[:2]
-    top = left = 0
-    if max(h, w) >= side:
-        scale = side / max(h, w)
-        h, w = (max(1, min(side, round(s * scale))) for s in (h, w))
-        top, left = (side - h) // 2, (side - w) // 2
+    top, left, h, w = proxy_place(pixels.shape[:2], side)
     out = np.zeros((side, side, 3), np.float32)
     out[top : top + h, left : left + w] = _resize(pixels, (h, w), Image.Resampling.BILINEAR)
     return out / np.float32(255)
+
+
+def proxy_place(size: tuple[int, ...], side: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a picture of `size` (height, width) on its `proxy`."""
+    h, w = size
+    if max(h, w) < side:
+        return 0, 0, h, w
+    h, w = (max(1, min(side, round(s * side / max(size)))) for s in size)
+    return (side - h) // 2, (side - w) // 2, h, w
 
 
 def prepare(pixels: UInt8[np.ndarray, "H W 3"], plan: VisionPlan) -> UInt8[np.ndarray, "N T T 3"]:

@@ -50,7 +50,7 @@ def tiny() -> Config:
         DataConfig(screens, batch=4, tile_buckets=(1, 3, 5), lengths=(96, 96, 128)),
         TrainConfig(steps=4, stage0_steps=2, warmup=2, save_every=2, optimizer="muon"),
         DclConfig(),
-        VrcTrainConfig(steps=4, batch=4),
+        VrcTrainConfig(steps=4, batch=4, sight_steps=2),
     )
 
 
@@ -73,7 +73,7 @@ def nano() -> Config:
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
         TrainConfig(steps=8_000, stage0_steps=2_500, scan=False, **_MUON),
         DclConfig(),
-        VrcTrainConfig(),
+        VrcTrainConfig(steps=2_000, lr=2e-3, sight_steps=6_000),
     )
 
 

@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +23,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, tokens, train
+from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, sight, tokens, train
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
 from hypervl_jax.data import pipeline
@@ -30,7 +33,9 @@ from hypervl_jax.data.assets import Assets
 from hypervl_jax.data.screens import Screen, check
 from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.model import vrc
+from hypervl_jax.tensors import flatten, unflatten
 
+SIGHTS = 16_000  # screens that VRC's trunk learns to see on; their proxies are in memory at once
 RETAIN = 0.993  # what VRC is calibrated to keep: above the paper's 98.7 %, since held-out pictures land on either side
 
 
@@ -114,6 +119,9 @@ def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, st
     stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out, first))
     params = train.restore(cfg, out / "train", len(names)).params
     net = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc) if first is None else first.params["vrc"]
+    if first is None and cfg.vrc.sight_steps:
+        stage("sight", lambda: _sight(cfg, source["train"], net, out / "trunk.npz"))
+        net = _load_tree(out / "trunk.npz", net, "sight")
     model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": net}, tokenizer, {})
     stage("labels", lambda: _labels(model, cfg, source["label"], out / "labels.npz"))
     stage("vrc", lambda: _vrc(model, cfg, source["label"], out / "labels.npz", model_dir))
@@ -218,7 +226,11 @@ def _same_config(path: Path, cfg: Config) -> None:
         was = config.from_dict(Config, values)
         if was == cfg:
             return
-        decided = {"labels": ("branch", "ratios"), "vrc": [f.name for f in dataclasses.fields(cfg.vrc)]}
+        decided = {
+            "sight": ("sight_steps", "sight_lr", "batch", "weight_decay", "seed"),
+            "labels": ("branch", "ratios"),
+            "vrc": [f.name for f in dataclasses.fields(cfg.vrc)],
+        }
         there = [
             k for name, keys in decided.items() if (path.parent / "stages" / f"{name}.json").exists() for k in keys
         ]
@@ -255,6 +267,33 @@ def _train(
 ) -> dict:  # fmt: skip
     state = train.run(cfg, source, sheets, tokenizer, names, out / "train", start=first and first.params)
     return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
+
+
+def _sight(cfg: Config, source: pipeline.Source, net: dict, path: Path) -> dict:
+    """Teaches VRC's trunk to see, on the screens that the model learns from."""
+    names, most = classes(cfg)[: cfg.data.screens.concepts], cfg.data.screens.max_things + 1
+    screens = (source[i] for i in tqdm(range(min(SIGHTS, len(source))), "proxies", leave=False))
+    seen = sight.of_screens(screens, names, cfg.model.vrc.side, most)
+    found, history = sight.train(jax.random.key(cfg.vrc.seed), net, seen, len(names) + 1, cfg.model.vrc, cfg.vrc)
+    part = path.with_name(f".{path.name}")
+    with part.open("wb") as file:
+        np.savez(file, **flatten(found))
+    os.replace(part, path)
+    name, size = history[-50:].mean(0)
+    return {"name_loss": float(name), "size_error": float(size), "things": int((seen.names >= 0).sum())}
+
+
+def _load_tree(path: Path, like: dict, stage: str) -> dict:
+    """Arrays that `stage` left, with the names and shapes of `like`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found, want = {k: file[k] for k in file.files}, flatten(like)
+        if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in want.items()}:
+            raise ValueError("other arrays than this model has")
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        cure = f"delete it and {path.parent / 'stages' / f'{stage}.json'}, and run again"
+        raise config.ConfigError(f"{path}: missing or damaged ({e}); {cure}") from e
+    return unflatten(found)
 
 
 def label(model: Model, cfg: Config, screens: Sequence[Screen]) -> compress.LabelSet:
@@ -326,8 +365,6 @@ def _export(model: Model, tests: dict[str, list[Screen]], out: Path) -> dict:
 
 def _litert(model: Model, tests: dict, ratios: dict, out: Path, n: int = 100) -> dict[str, Any]:
     """`n` screens of each test split answered from the exported files alone, beside JAX on the same screens."""
-    from tqdm import tqdm
-
     from hypervl_jax.export.runtime import Runtime
 
     runtime, same, coords = Runtime(out), [], model.config.text.coords

@@ -32,6 +32,7 @@ Norm = Literal["stored", "batch", "folded"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 EPS = 1e-5  # of the batch norm, as in PyTorch
+CELL = 32  # pixels of the proxy a side that one position of the trunk's output stands for
 GAIN = 1.4  # initial fan-in variance: layers with ReLU (2) and without (1) take turns, so untrained outputs stay near 1
 
 
@@ -189,15 +190,17 @@ class Vrc(nn.Module):
     """Proxy f32[B S S 3] in 0..1 -> predicted rescaled ratio alpha' f32[B], positive and unbounded above.
 
     With `train` the result is (prediction, statistics of the batch). `folded` runs parameters that went through `fold`.
+    `cells` stops after the trunk: f32[B N C], a row a cell of `CELL` pixels a side, instead of the prediction.
     """
 
     cfg: VrcConfig
     train: bool = False
     folded: bool = False
     depthwise: Depthwise = "shift"
+    cells: bool = False
 
     @nn.compact
-    def __call__(self, proxy: Float[Array, "B S S 3"]) -> Float[Array, " B"] | tuple[Float[Array, " B"], Params]:
+    def __call__(self, proxy: Float[Array, "B S S 3"]) -> Array | tuple[Array, Params]:
         if self.train and self.folded:
             raise ValueError("folded parameters hold no batch norm to train: fold after training")
         norm: Norm = "batch" if self.train else "folded" if self.folded else "stored"
@@ -209,6 +212,8 @@ class Vrc(nn.Module):
             else:
                 x, stats[name] = ConvNorm(block, norm, self.depthwise, name=name)(x)
         x = rearrange(x, "b h w c -> b (h w) c")
+        if self.cells:
+            return (x, stats) if self.train else x
         where = nn.softmax(Linear(1, bias=False, name="pool")(x)[..., 0], axis=-1)  # one weight a position
         x = jnp.einsum("bn,bnc->bc", where, x)
         x = nn.relu(Linear(self.cfg.hidden, name="hidden")(x))
