@@ -198,6 +198,8 @@ _PLAIN = {
     "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None,
     "layer_replication": None, "lora_bias": False, "target_parameters": None,
 }  # fmt: skip
+_READ = _PLAIN | {"alora_invocation_tokens": None, "use_qalora": False}
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave W as it was; others take a part out of it
 
 
 def _modules(cfg: LlmConfig) -> dict[str, str]:
@@ -248,11 +250,16 @@ def load(folder: Path | str, decoder: LlmConfig) -> tuple[LoraConfig, Adapters]:
         raise ConfigError(
             f"{where}: cannot be read ({type(e).__name__}: {e}); give a folder that PEFT has saved"
         ) from e
-    for key, only in _PLAIN.items():
+    for key, only in _READ.items():
         if key in values and (values[key] or None) != (only or None):
             raise ConfigError(
                 f"{where}: {key} is {values[key]!r:.80}; only {only!r} is read: merge it with PEFT instead"
             )
+    if (begun := values.get("init_lora_weights")) not in _STARTS:
+        raise ConfigError(
+            f"{where}: init_lora_weights is {begun!r:.80}, which changes the matrices beside the adapter; save it again "
+            "with path_initial_model_for_weight_conversion, or merge it with PEFT"
+        )
     found = tensors.contents(Path(folder), WEIGHTS)
     names = {f"{PREFIX}{name}.lora_A.weight": path for path, name in _modules(decoder).items()}
     paths = sorted(path for name, path in names.items() if name.replace("{i}", "0") in found)

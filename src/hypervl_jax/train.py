@@ -126,11 +126,14 @@ def _driver(cfg: Config) -> tuple[bool, bool | str]:
 
 
 def _narrow(params: dict, cfg: Config) -> dict:
-    """The model in what it computes in; the tables of names stay f32."""
+    """The model in what it computes in. Tables of names stay f32, and so do rows of words until they are taken: in 16
+    bits the gradients of a frequent word would soon stop adding up."""
     if cfg.train.compute_dtype == "float32":
         return params
     model = {g: params[g] for g in (*BRANCHES, "llm")}
-    return params | jax.tree.map(lambda a: a.astype(cfg.train.compute_dtype), model)
+    narrow = jax.tree.map(lambda a: a.astype(cfg.train.compute_dtype), model)
+    words = {"head": llm.head(narrow["llm"]), "embed": params["llm"]["embed"]}
+    return params | narrow | {"llm": narrow["llm"] | words}
 
 
 def _supervised(batch: Batch) -> tuple[Array, Array]:
