@@ -328,6 +328,9 @@ def test_rules_that_do_not_fit_are_found_before_anything_is_written(cfg, run, tm
     wrong = replace(cfg, train=replace(cfg.train, rules=(Rule(r"vision\..*", 0.0),)))
     with pytest.raises(ConfigError, match=r"train\.rules: no rule for base\..*nothing is left for"):
         run(tmp_path, wrong)
+    rules = (Rule(r"base\..*|llm\..*|names_base\..*", 0.0), Rule(r"large\..*|names_large\..*"))
+    with pytest.raises(ConfigError, match=r"train\.rules: a step of base moves nothing"):  # its third
+        run(tmp_path, replace(cfg, train=replace(cfg.train, rules=rules)))
     assert not list(tmp_path.iterdir())
 
 
