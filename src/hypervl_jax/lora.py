@@ -257,8 +257,8 @@ def load(folder: Path | str, decoder: LlmConfig) -> tuple[LoraConfig, Adapters]:
             )
     if (begun := values.get("init_lora_weights")) not in _STARTS:
         raise ConfigError(
-            f"{where}: init_lora_weights is {begun!r:.80}, which changes the matrices beside the adapter; save it again "
-            "with path_initial_model_for_weight_conversion, or merge it with PEFT"
+            f"{where}: init_lora_weights is {begun!r:.80}, which changes the matrices beside the adapter; save it "
+            "again with path_initial_model_for_weight_conversion, or merge it with PEFT"
         )
     found = tensors.contents(Path(folder), WEIGHTS)
     names = {f"{PREFIX}{name}.lora_A.weight": path for path, name in _modules(decoder).items()}
