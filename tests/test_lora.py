@@ -237,5 +237,7 @@ def test_adapters_learn_and_everything_else_stays(tiny_model, tiny_source):
     assert {k: np.asarray(v).tobytes() for k, v in flatten(tiny_model.params).items()} == before
     with pytest.raises(ConfigError, match=r"base\.\S+ is not the decoder's"):
         lora.fit(tiny_model, samples, LoraConfig(r"base\.projector\.fc1\.weight"))
+    with pytest.raises(ConfigError, match=r"lr 1e\+30: the loss is not finite from step \d on; choose a lower one"):
+        lora.fit(tiny_model, samples, how, steps=3, batch=4, lr=1e30)
     with pytest.raises(ConfigError, match="no samples"):
         lora.fit(tiny_model, [], how)

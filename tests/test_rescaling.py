@@ -300,6 +300,15 @@ def test_a_picture_that_is_read_is_not_overwritten_under_another_name(tmp_path, 
         assert f"{out / 'a_lr.png'}: is a picture that is read" in said
 
 
+def test_a_picture_named_twice_is_done_once(tmp_path):
+    from hypervl_jax.rescale import files
+
+    for name in ("b.PNG", "a.jfif", "c.pnm", "d.txt", ".e.png"):
+        (tmp_path / name).touch()
+    want = [tmp_path / name for name in ("a.jfif", "b.PNG", "c.pnm")]
+    assert files.found((tmp_path, tmp_path / "a.jfif", tmp_path / "." / "c.pnm")) == want
+
+
 def test_the_longest_name_is_saved(tmp_path):
     from hypervl_jax.rescale import files
 

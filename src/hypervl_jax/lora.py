@@ -137,7 +137,8 @@ def fit(
     """Adapters of the decoder that answer as `samples` do, by Adam. Encoder and projector stand still, so that every
     picture is encoded once, and features of all of them are held.
 
-    Raises `ConfigError` where `cfg.path` means more than the decoder, or where there is no sample.
+    Raises `ConfigError` where `cfg.path` means more than the decoder, where there is no sample, or where the loss is
+    not finite.
     """
     adapters = init(jax.random.key(seed), cfg, model.params)
     if beyond := [path for path in adapters if not path.startswith("llm.")]:
@@ -168,7 +169,12 @@ def fit(
         row = jax.tree.map(lambda a: a[some], rows)  # noqa: B023 - used at once
         adapters, state, value = step(adapters, state, decoder, features[some], row)
         found.append(value)
-    return Fitted(adapters, np.array([float(x) for x in found]))
+    said = np.array([float(x) for x in found])
+    if not np.isfinite(said).all():
+        raise ConfigError(
+            f"lr {lr:g}: the loss is not finite from step {np.isfinite(said).argmin()} on; choose a lower one"
+        )
+    return Fitted(adapters, said)
 
 
 def _seen(model: Model, samples: Sequence[Sample], branch: Branch) -> tuple[np.ndarray, text.Prompt]:

@@ -44,7 +44,7 @@ class Run:
     seed: int = 0
     """starts and noise depend on it."""
     tile: int = 384
-    """pixels a side of what is held in memory at once; pictures of at most that are one tile."""
+    """pixels a side of what is held in memory at once, at least 128; pictures of at most that are one tile."""
     overwrite: bool = False
     """replace files that are there."""
 
@@ -57,7 +57,7 @@ Weights = Annotated[str | None, arg(metavar="FILE")]
 def down(
     pictures: Files, /, pair: Weights = None, out: Path | None = None, how: How = Hcd(), run: Running = Run()
 ) -> None:
-    """Make pictures small, in 8 bits, such that the same pair restores more of them than of any other way to shrink.
+    """Make pictures small, in 8 bits, such that the same pair restores more of them than of those it makes by itself.
 
     The small PNG notes the original's size and the pair. Transparency and grey are kept; 16 bits become 8. For example:
 

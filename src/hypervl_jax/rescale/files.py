@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
 
 def found(paths: tuple[Path, ...]) -> list[Path]:
-    """The picture files themselves, and those in folders. Raises `UsageError` where there is none."""
+    """The picture files themselves, and those in folders, each once. Raises `UsageError` where there is none."""
     if not paths:
         raise UsageError("no picture; give one or more files or folders: hypervl rescale VERB PICTURE...")
     out = []
@@ -41,7 +41,7 @@ def found(paths: tuple[Path, ...]) -> list[Path]:
         if path.is_dir() and not inside:
             raise UsageError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
         out += inside or [path]
-    return out
+    return list(dict.fromkeys(out))
 
 
 def jobs(paths: tuple[Path, ...], out: Path | None, ending: str, overwrite: bool) -> list[Job]:
