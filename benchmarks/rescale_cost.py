@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     """What is measured."""
 
     net: Irn
-    sides: tuple[int, ...]  # of the pictures, multiples of the scale; of the first two the whole picture is compiled too
+    sides: tuple[int, ...]  # of pictures, multiples of the scale; the first two are compiled whole too
     tile: int
 
 
@@ -59,7 +59,7 @@ def measure(net: Irn, side: int, tile: int, repeats: int) -> dict:
     """Seconds of both paths, and bytes by which the peak of resident memory exceeds what was resident before."""
     compile_cache()
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(net.init, jax.random.key(0))  # drawn by numpy: compiling the draws takes longer than all else
+    shapes = jax.eval_shape(net.init, jax.random.key(0))  # numpy draws: compiling JAX's takes longer than all else
     pair = Pair(net, jax.tree.map(lambda x: jnp.asarray(0.01 * rng.normal(size=x.shape), jnp.float32), shapes))
     hr = rng.integers(0, 256, (side, side, 3), np.uint8)
     ways = {
