@@ -1,17 +1,21 @@
 """Cost of rescaling over picture size: time and memory of the plain path and of HCD's steps, tile by tile.
 
-Square pictures through FIRN x4 with weights drawn at random: what a step costs does not depend on them. Each size runs
-in a process of its own, compiles first, and then measures the median of `--repeats` runs:
+Square pictures through FIRN x4 (--quick: a small IRN x2) with weights drawn at random: what a step costs does not
+depend on them. Each size runs in a process of its own, compiles first, then measures the median of `--repeats` runs:
 
   plain   down and up
   hcd     one step of the large and one of the small picture, the shrinking between them
 
-and the peak resident memory above what was resident before (Linux). Beside it stands what the same program would need
-for the whole picture at once, by the compiler's account; nothing of that runs. Writes a plot beside its results file.
+and the peak resident memory above what was resident before (Linux; not a number elsewhere, which no bar takes). Beside
+it stands what the same program would need for the whole picture at once, by the compiler's account; nothing of that
+runs. Writes a plot beside its results file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
 import multiprocessing
 import statistics
 import sys
@@ -19,6 +23,7 @@ import time
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,27 +33,40 @@ from common import Bar, arguments, compile_cache, finish
 from hypervl_jax import bench, charts
 from hypervl_jax.rescale import hcd, tiles
 from hypervl_jax.rescale.hcd import HcdConfig, Scene
-from hypervl_jax.rescale.irn import firn
+from hypervl_jax.rescale.irn import Irn, firn
 from hypervl_jax.rescale.pairs import Pair, keys
 
-SIDES, QUICK = (320, 640, 1280, 2560), (160, 320)  # multiples of 4
-TILES = {False: tiles.TILE, True: tiles.LEAST}
 STEP = HcdConfig(1, 1, eps_mode="rms")
 BYTES = 200  # of the whole picture's arrays a pixel, at most: what HCD moves, its gradient, copies of them
-STYLE = """<style>.line{fill:none;stroke-width:2}.base{stroke:#2a78b8}.large{stroke:#c2571a}.dot{stroke:none}
-.dot.base{fill:#2a78b8}.dot.large{fill:#c2571a}.rule{stroke:#ddd}text{font:12px sans-serif;fill:#444}</style>"""
 
 
-def measure(side: int, tile: int, repeats: int) -> dict:
+class Plan(NamedTuple):
+    """What is measured."""
+
+    net: Irn
+    sides: tuple[int, ...]  # of pictures, multiples of the scale; the first two are compiled whole too
+    tile: int
+
+
+FULL = Plan(firn(), (320, 640, 1280, 2560), tiles.TILE)
+QUICK = Plan(Irn((1,), growth=4), (256, 512), tiles.LEAST)
+STYLE = """<style>.line{fill:none;stroke-width:2}.line.base{stroke:#2a78b8}.line.large{stroke:#c2571a}
+.rule{stroke:#ddd}text{font:12px sans-serif;fill:#444}
+.dot.base,text.base{fill:#2a78b8}.dot.large,text.large{fill:#c2571a}</style>"""
+
+
+def measure(net: Irn, side: int, tile: int, repeats: int) -> dict:
     """Seconds of both paths, and bytes by which the peak of resident memory exceeds what was resident before."""
     compile_cache()
-    pair = Pair(firn(), firn().init(jax.random.key(0)))
-    hr = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))  # numpy draws: compiling JAX's takes longer than all else
+    pair = Pair(net, jax.tree.map(lambda x: jnp.asarray(0.01 * rng.normal(size=x.shape), jnp.float32), shapes))
+    hr = rng.integers(0, 256, (side, side, 3), np.uint8)
     ways = {
         "plain": lambda: tiles.up(pair, tiles.down(pair, hr, tile), tile=tile),
         "hcd": lambda: tiles.descend(pair, hr, STEP, tile=tile),
     }
-    row: dict = {"side": side, "tiles": len(tiles.grid((side // 4, side // 4), 4, tile))}
+    row: dict = {"side": side, "tiles": len(tiles.grid((side // net.scale, side // net.scale), net.scale, tile))}
     for way, run in ways.items():
         run()  # compiles
         before = _peak_from_here()
@@ -61,9 +79,8 @@ def measure(side: int, tile: int, repeats: int) -> dict:
     return row
 
 
-def whole_bytes(side: int) -> int:
+def whole_bytes(net: Irn, side: int) -> int:
     """What one step of the large picture allocates for a whole picture, by the compiler's account."""
-    net = firn()
     params = jax.eval_shape(net.init, jax.random.key(0))
     shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
 
@@ -74,15 +91,20 @@ def whole_bytes(side: int) -> int:
     return bench.temporary_bytes(step, params, shape, shape)
 
 
-def _resident(field: str) -> int:
+def _resident(field: str) -> float:
+    """Bytes, of a line of the kernel's account of this process."""
     lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), math.nan)
 
 
-def _peak_from_here() -> int:
-    """Bytes resident now, from where the peak is counted."""
-    if sys.platform == "linux":
+def _peak_from_here() -> float:
+    """Bytes resident now, from where the peak is counted; not a number where the peak cannot be set back."""
+    with contextlib.suppress(OSError, AttributeError):  # what was freed goes back first, or it would hide what is taken
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return math.nan
     return _resident("VmRSS")
 
 
@@ -92,14 +114,15 @@ def options(parser: ArgumentParser) -> None:
 
 def main() -> int:
     args = arguments(__doc__, more=options)
-    sides, tile = QUICK if args.quick else SIDES, TILES[args.quick]
+    plan = QUICK if args.quick else FULL
     rows = []
     print(f"{'side':>6}{'tiles':>7}{'plain s':>10}{'HCD step s':>12}{'plain MB':>10}{'HCD MB':>9}{'whole MB':>10}")
-    for side in sides:
+    for side in plan.sides:
         fresh = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         with fresh as pool:
-            row = pool.submit(measure, side, tile, args.repeats).result()
-        row["whole_bytes"] = whole_bytes(side) if side <= sides[1] else None  # beyond that compiling takes too long
+            row = pool.submit(measure, plan.net, side, plan.tile, args.repeats).result()
+        # Of larger ones compiling takes too long.
+        row["whole_bytes"] = whole_bytes(plan.net, side) if side <= plan.sides[1] else None
         rows.append(row)
         whole = f"{row['whole_bytes'] / 1e6:10.0f}" if row["whole_bytes"] else f"{'':10}"
         print(
@@ -107,29 +130,36 @@ def main() -> int:
             f"{row['hcd_bytes'] / 1e6:>9.0f}{whole}",
             flush=True,
         )
-    first, last = rows[-2], rows[-1]
-    tiled = last["tiles"] / first["tiles"]
-    bars = [
-        Bar(f"rescale.{w}_time_a_tile", last[f"{w}_s"] / first[f"{w}_s"] / tiled, 1.2, "<=") for w in ("plain", "hcd")
-    ]
-    more = last["side"] ** 2 - first["side"] ** 2
-    bars += [
-        Bar(f"rescale.{w}_bytes_a_pixel", (last[f"{w}_bytes"] - first[f"{w}_bytes"]) / more, BYTES, "<=")
-        for w in ("plain", "hcd")
-    ]
-    points = {w: [(r["side"] ** 2 / 1e6, r[f"{w}_s"]) for r in rows] for w in ("plain", "hcd")}
-    drawn = charts.lines(
-        [
-            charts.Series("HCD, one step of each", points["hcd"], "large"),
-            charts.Series("plain, down and up", points["plain"]),
-        ],
-        "million pixels", "seconds", dots=True,
-    )  # fmt: skip
-    status = finish("rescale_cost", {"tile": tile, "sizes": rows}, bars, args, seeds=[0])
-    head, body = drawn.split(">", 1)
-    alone = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
-    (args.out / "rescale_cost.svg").write_text(f"{alone}>{STYLE}{body}\n")
+    found = {"net": repr(plan.net), "tile": plan.tile, "sizes": rows}
+    status = finish("rescale_cost", found, bars(*rows[-2:]), args, seeds=[0])
+    (args.out / "rescale_cost.svg").write_text(plot(rows))
     return status
+
+
+def bars(first: dict, last: dict) -> list[Bar]:
+    """Time a tile stays as it is, and memory grows by a few arrays of the picture, from one size to the next."""
+    more, out = last["side"] ** 2 - first["side"] ** 2, []
+    for way in ("plain", "hcd"):
+        seconds, nbytes = ((first[f"{way}_{unit}"], last[f"{way}_{unit}"]) for unit in ("s", "bytes"))
+        slower = seconds[1] / seconds[0] * first["tiles"] / last["tiles"]
+        out.append(Bar(f"rescale.{way}_time_a_tile", slower, 1.2, "<="))
+        out.append(Bar(f"rescale.{way}_bytes_a_pixel", (nbytes[1] - nbytes[0]) / more, BYTES, "<="))
+    return out
+
+
+def plot(rows: list[dict]) -> str:
+    """Seconds over pixels, as an SVG that stands alone."""
+    said = {"hcd": ("HCD, one step of each", "large"), "plain": ("plain, down and up", "base")}
+    series = [
+        charts.Series(text, [(r["side"] ** 2 / 1e6, r[f"{way}_s"]) for r in rows], colour)
+        for way, (text, colour) in said.items()
+    ]
+    head, body = charts.lines(series, "million pixels", "seconds", dots=True).split(">", 1)
+    words = "".join(
+        f'<text x="60" y="{24 + 16 * i}" class="{s.colour}">{s.label}, seconds</text>' for i, s in enumerate(series)
+    )
+    alone = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
+    return f"{alone}>{STYLE}{words}{body}\n"
 
 
 if __name__ == "__main__":

@@ -193,6 +193,9 @@ def test_adapters_of_other_parts_are_not_saved(tiny_params, tiny_config, tmp_pat
         ({"use_dora": True}, "use_dora is True; only False"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only 'LORA'"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\]; only None"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes the matrices"),
+        ({"init_lora_weights": {}}, "init_lora_weights is {}"),
         ({"r": None}, r"adapter_config\.json"),
         ({"lora_alpha": "much"}, "cannot be read"),
         ({"target_modules": ["q_proj"]}, "target_modules is .* beside it are weights of down_proj, q_proj, v_proj"),
@@ -234,5 +237,7 @@ def test_adapters_learn_and_everything_else_stays(tiny_model, tiny_source):
     assert {k: np.asarray(v).tobytes() for k, v in flatten(tiny_model.params).items()} == before
     with pytest.raises(ConfigError, match=r"base\.\S+ is not the decoder's"):
         lora.fit(tiny_model, samples, LoraConfig(r"base\.projector\.fc1\.weight"))
+    with pytest.raises(ConfigError, match=r"lr 1e\+30: the loss is not finite from step \d on; choose a lower one"):
+        lora.fit(tiny_model, samples, how, steps=3, batch=4, lr=1e30)
     with pytest.raises(ConfigError, match="no samples"):
         lora.fit(tiny_model, [], how)

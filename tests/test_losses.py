@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import losses
+from hypervl_jax import bench, losses
 
 B, L, V = 2, 6, 11
 RNG = np.random.default_rng(0)
@@ -214,6 +214,31 @@ def test_narrow_hidden_states_are_summed_in_full():
     assert [g.dtype for g in back(PULL)] == [jnp.bfloat16, jnp.float32]
 
 
+def test_a_target_beyond_the_vocabulary_is_no_loss_at_all():
+    """Silently taking it for any other would train on."""
+    beyond = TARGETS.at[0, 2].set(V).at[1, 0].set(V + 100)
+    plain = losses.cross_entropy(logits(SEEN, HEAD), beyond)
+    chunked = losses.chunked_cross_entropy(SEEN, HEAD, beyond, 4)
+    np.testing.assert_array_equal(np.isnan(chunked), beyond >= V)
+    np.testing.assert_array_equal(np.isnan(plain), beyond >= V)
+
+
+def test_rows_without_a_weight_have_no_loss_and_no_gradient():
+    """All of them, and some: what stands there may not even be a number."""
+    weights = jnp.ones((B, L)).at[0].set(0)
+    odd = SEEN.at[0].set(jnp.inf)
+
+    def loss(hidden, head, weights):
+        nats = losses.chunked_cross_entropy(hidden, head, TARGETS, 4)
+        return losses.mean_where(nats, weights) + losses.chunked_dcl_kl(OTHER, hidden, head, weights, 2.0, 4)
+
+    assert loss(SEEN, HEAD, 0 * weights) == 0
+    for grad in jax.grad(loss, argnums=(0, 1))(SEEN, HEAD, 0 * weights):
+        assert not np.asarray(grad).any()
+    assert loss(SEEN, HEAD, weights) == loss(SEEN.at[0].multiply(3), HEAD, weights)
+    assert float(loss(odd, HEAD, weights)) == pytest.approx(float(loss(SEEN, HEAD, weights)))
+
+
 def test_the_logits_never_exist_whole():
     """Nor anything else of their size: the largest tensor of value and gradients is the head."""
 
@@ -221,10 +246,12 @@ def test_the_logits_never_exist_whole():
         ce = losses.chunked_cross_entropy(hidden, head, targets, 16).sum()
         return ce + losses.chunked_dcl_kl(other, hidden, head, jnp.ones(targets.shape), 2.0, 16)
 
-    f32 = jnp.float32
-    shapes = [jax.ShapeDtypeStruct(s, f32) for s in ((1, 64, 8), (1, 64, 8), (512, 8))]
-    grads = jax.jit(jax.grad(everything, argnums=(0, 2)))
-    program = grads.lower(*shapes, jax.ShapeDtypeStruct((1, 64), jnp.int32)).compile()
-    analysis = program.memory_analysis()
-    assert analysis is not None
-    assert analysis.temp_size_in_bytes < 64 * 512 * 4 // 2
+    def plain(hidden, other, head, targets):
+        said = logits(hidden, head)
+        return losses.cross_entropy(said, targets).sum() + losses.dcl_kl(logits(other, head), said, targets >= 0, 2.0)
+
+    whole, shapes = 64 * 512 * 4, [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 64, 8), (1, 64, 8), (512, 8))]
+    shapes.append(jax.ShapeDtypeStruct((1, 64), jnp.int32))
+    chunked, all_at_once = (bench.temporary_bytes(jax.grad(f, argnums=(0, 2)), *shapes) for f in (everything, plain))
+    assert chunked < whole // 2
+    assert all_at_once > whole

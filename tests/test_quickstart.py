@@ -237,6 +237,20 @@ def test_a_run_begins_with_the_model_it_is_given_and_remembers_it(
         quickstart.make_model(tiny_config, out)
 
 
+def test_a_model_that_stands_still_gets_its_vrc_alone(cheap, tiny_config, tiny_folder, tiny_model, tmp_path):
+    cfg = replace(tiny_config, train=replace(tiny_config.train, steps=0, stage0_steps=0))
+    with pytest.raises(ConfigError, match=r"train\.steps 0: the model stands still; give it as --start"):
+        quickstart.make_model(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    model = quickstart.make_model(cfg, tmp_path / "run", tiny_folder)
+    assert cheap == []
+    assert {p.stem for p in (tmp_path / "run" / "stages").iterdir()} == {"data", "labels", "vrc"}
+    assert model.info["vrc_scale"] == 0.7
+    before = flatten(tiny_model.params)
+    for path, leaf in flatten(model.params).items():
+        np.testing.assert_array_equal(leaf, np.asarray(before[path]).astype(np.float16).astype(np.float32), path)
+
+
 def test_a_run_from_nothing_is_not_gone_on_with_from_a_model(tiny_config, tiny_folder, tmp_path):
     (tmp_path / "stages").mkdir()  # as a run has it that is older than `start.json`
     with pytest.raises(ConfigError, match=r"began from nothing: leave out --start"):

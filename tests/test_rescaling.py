@@ -288,6 +288,36 @@ def test_nothing_is_overwritten(photo, tmp_path, fails, run):
     assert small.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_picture_that_is_read_is_not_overwritten_under_another_name(tmp_path, fails):
+    """small/../in, a link and the whole path are the folder that is read."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for name in ("a.png", "a_lr.png"):
+        Image.fromarray(scene()).save(tmp_path / "in" / name)
+    for out in (tmp_path / "in", tmp_path / "link", tmp_path / "small" / ".." / "in"):
+        said = fails("down", tmp_path / "in", *BICUBIC, "--no-hcd", "--overwrite", "--out", out)
+        assert f"{out / 'a_lr.png'}: is a picture that is read" in said
+
+
+def test_a_picture_named_twice_is_done_once(tmp_path):
+    from hypervl_jax.rescale import files
+
+    for name in ("b.PNG", "a.jfif", "c.pnm", "d.txt", ".e.png"):
+        (tmp_path / name).touch()
+    want = [tmp_path / name for name in ("a.jfif", "b.PNG", "c.pnm")]
+    assert files.found((tmp_path, tmp_path / "a.jfif", tmp_path / "." / "c.pnm")) == want
+
+
+def test_the_longest_name_is_saved(tmp_path):
+    from hypervl_jax.rescale import files
+
+    path = tmp_path / ("n" * 251 + ".png")
+    files.save(path, b"whole")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"whole"
+
+
 def test_settings_that_cannot_be(photo, tmp_path, fails):
     Image.fromarray(scene()).save(tmp_path / "photo.webp")
     (tmp_path / "empty").mkdir()
@@ -298,14 +328,15 @@ def test_settings_that_cannot_be(photo, tmp_path, fails):
     assert "name a .png file" in fails("down", photo, *BICUBIC, "--out", tmp_path / "new.jpg")
     assert "name a .json file" in fails("eval", photo, *BICUBIC, "--out", tmp_path / "new.txt")
     assert "name a .png file" in fails("compare", photo, *BICUBIC, "--out", tmp_path / "new.jpg")
+    assert "names a picture, but a folder" in fails("down", *both, *BICUBIC, "--out", tmp_path / "new.png")
     assert "cannot be written" in fails("down", photo, *BICUBIC, "--out", photo / "new.png")
     assert "no picture; give one or more" in fails("down", *BICUBIC)
     assert "--seed -1" in fails("up", photo, *BICUBIC, "--seed", "-1")
     assert "--tile 100: at least 128" in fails("up", photo, *BICUBIC, "--tile", "100")
     assert "--lr-steps -2" in fails("down", photo, *BICUBIC, "--lr-steps", "-2")
     assert "--at 99 1: choose 0 to 35" in fails(
-        "compare", photo, *BICUBIC, "--no-hcd", "--out", tmp_path / "c.png", "--at", "99", "1"
-    )
+        "compare", photo, *BICUBIC, "--out", tmp_path / "c.png", "--at", "99", "1"
+    )  # the one line: how long HCD would take is not said, for it is not begun
 
 
 def test_a_picture_too_small_to_compare(tmp_path, fails):

@@ -11,6 +11,7 @@ import pytest
 from hypervl_jax import checkpoint, losses, tensors, train
 from hypervl_jax.config import BRANCHES, ConfigError, Rule
 from hypervl_jax.data import pipeline, sheets
+from hypervl_jax.model import hypervl
 from hypervl_jax.train import Job, TrainError
 
 NAMES, LARGE, BASE = Job(BRANCHES, stage0=True), Job(("large",)), Job(("base",))
@@ -285,6 +286,23 @@ def test_half_precision_computes_and_full_precision_learns(cfg, params, batch):
     assert all("bf16[" in line for line in products)
 
 
+def test_a_frequent_word_learns_from_every_place_in_half_precision(cfg, params):
+    """Thousands of gradients add up in its row of the table: in 16 bits they would stop adding up after hundreds."""
+    ids, seen = jnp.zeros((1, 4096), jnp.int32), jnp.zeros((1, 1, cfg.model.llm.width))
+
+    def pulled(dtype):
+        how = replace(cfg, train=replace(cfg.train, compute_dtype=dtype))
+
+        def total(params):
+            rows = hypervl.embed(train._narrow(params, how), ids, ids - 1, seen)
+            assert rows.dtype == dtype
+            return (0.01 * rows.astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(total))(params)["llm"]["embed"]
+
+    close(pulled("bfloat16"), pulled("float32"), 0.01)
+
+
 def test_a_step_by_rules_moves_what_they_say(cfg, params, batch, tiny_classes):
     """The projectors, as when encoders and decoder are first made to fit each other."""
     rules = (Rule(r"(base|large)\.projector\..*"), Rule(r"(base|large)\.vit\..*|llm\..*|names_.*", 0.0))
@@ -310,6 +328,9 @@ def test_rules_that_do_not_fit_are_found_before_anything_is_written(cfg, run, tm
     wrong = replace(cfg, train=replace(cfg.train, rules=(Rule(r"vision\..*", 0.0),)))
     with pytest.raises(ConfigError, match=r"train\.rules: no rule for base\..*nothing is left for"):
         run(tmp_path, wrong)
+    rules = (Rule(r"base\..*|llm\..*|names_base\..*", 0.0), Rule(r"large\..*|names_large\..*"))
+    with pytest.raises(ConfigError, match=r"train\.rules: a step of base moves nothing"):  # its third
+        run(tmp_path, replace(cfg, train=replace(cfg.train, rules=rules)))
     assert not list(tmp_path.iterdir())
 
 

@@ -278,7 +278,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 4_000
+    steps: int = 4_000  # 0: the model that was begun with stands still, and VRC alone is trained
     stage0_steps: int = 400  # image-name term alone, on sheets: encoders and projectors
     name_weight: float = 0.5  # image-name term beside the next-token loss; 0 switches it off
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices of hidden layers by Muon, the rest by AdamW
@@ -303,7 +303,8 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        _positive(self, "steps", "accumulate", "log_every", "save_every", "keep")
+        _positive(self, "accumulate", "log_every", "save_every", "keep")
+        _within(self, 0, sys.maxsize, "steps")
         _within(self, 0, self.steps, "stage0_steps")
         _within(self, 0, MANY, "loss_chunk")
         _above_zero(self, "lr", "stage0_lr", "clip")

@@ -137,7 +137,8 @@ def fit(
     """Adapters of the decoder that answer as `samples` do, by Adam. Encoder and projector stand still, so that every
     picture is encoded once, and features of all of them are held.
 
-    Raises `ConfigError` where `cfg.path` means more than the decoder, or where there is no sample.
+    Raises `ConfigError` where `cfg.path` means more than the decoder, where there is no sample, or where the loss is
+    not finite.
     """
     adapters = init(jax.random.key(seed), cfg, model.params)
     if beyond := [path for path in adapters if not path.startswith("llm.")]:
@@ -168,7 +169,12 @@ def fit(
         row = jax.tree.map(lambda a: a[some], rows)  # noqa: B023 - used at once
         adapters, state, value = step(adapters, state, decoder, features[some], row)
         found.append(value)
-    return Fitted(adapters, np.array([float(x) for x in found]))
+    said = np.array([float(x) for x in found])
+    if not np.isfinite(said).all():
+        raise ConfigError(
+            f"lr {lr:g}: the loss is not finite from step {np.isfinite(said).argmin()} on; choose a lower one"
+        )
+    return Fitted(adapters, said)
 
 
 def _seen(model: Model, samples: Sequence[Sample], branch: Branch) -> tuple[np.ndarray, text.Prompt]:
@@ -198,6 +204,8 @@ _PLAIN = {
     "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None,
     "layer_replication": None, "lora_bias": False, "target_parameters": None,
 }  # fmt: skip
+_READ = _PLAIN | {"alora_invocation_tokens": None, "use_qalora": False}
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave W as it was; others take a part out of it
 
 
 def _modules(cfg: LlmConfig) -> dict[str, str]:
@@ -248,11 +256,16 @@ def load(folder: Path | str, decoder: LlmConfig) -> tuple[LoraConfig, Adapters]:
         raise ConfigError(
             f"{where}: cannot be read ({type(e).__name__}: {e}); give a folder that PEFT has saved"
         ) from e
-    for key, only in _PLAIN.items():
+    for key, only in _READ.items():
         if key in values and (values[key] or None) != (only or None):
             raise ConfigError(
                 f"{where}: {key} is {values[key]!r:.80}; only {only!r} is read: merge it with PEFT instead"
             )
+    if (begun := values.get("init_lora_weights")) not in _STARTS:
+        raise ConfigError(
+            f"{where}: init_lora_weights is {begun!r:.80}, which changes the matrices beside the adapter; save it "
+            "again with path_initial_model_for_weight_conversion, or merge it with PEFT"
+        )
     found = tensors.contents(Path(folder), WEIGHTS)
     names = {f"{PREFIX}{name}.lora_A.weight": path for path, name in _modules(decoder).items()}
     paths = sorted(path for name, path in names.items() if name.replace("{i}", "0") in found)

@@ -146,7 +146,7 @@ def chunked_cross_entropy(
     hidden: Float[Array, "B L D"], head: Float[Array, "V D"], targets: Int[Array, "B L"], chunk: int
 ) -> Float[Array, "B L"]:
     """`cross_entropy` of `hidden` through `head`, `chunk` rows of the vocabulary at a time. Products are in the dtype
-    of `hidden`, sums in f32, the gradient of the head in its own dtype."""
+    of `hidden`, sums in f32, the gradient of the head in its own dtype. NaN for a target that is no row of the head."""
     return _cross_entropy(hidden, head, targets, chunk)[0]
 
 
@@ -160,7 +160,7 @@ def _cross_entropy(hidden, head, targets, chunk):
         return top, total, jnp.where((inside >= 0) & (inside < x.shape[-1]) & (mine > -jnp.inf), mine, picked)
 
     zero = jnp.zeros(targets.shape, jnp.float32)
-    top, total, picked = _over(head, chunk, step, (zero - jnp.inf, zero, zero))
+    top, total, picked = _over(head, chunk, step, (zero - jnp.inf, zero, zero + jnp.nan))
     normaliser = top + jnp.log(total)
     return normaliser - picked, (hidden, head, targets, normaliser)
 

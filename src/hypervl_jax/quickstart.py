@@ -96,14 +96,17 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> tokens.Tokenizer:
 def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, stage: Stages | None = None) -> Model:
     """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
     `start` is a model to begin with, of the stage before: its weights and its tokenizer; without it they are made anew.
+    With `train.steps` 0 it stands still, and what is trained is VRC.
 
     Raises `ConfigError` if `out` holds a run with other settings or another `start`, if a set it needs is to be empty,
-    or if `start` is a model of other sizes.
+    or if `start` is a model of other sizes, or missing where it stands still.
     """
     from hypervl_jax.data import tfds_builders
 
     out = Path(out)
     first = None if start is None else _begun(start, cfg)
+    if first is None and not cfg.train.steps:
+        raise config.ConfigError("train.steps 0: the model stands still; give it as --start MODEL, or train it")
     for name in ("train", "sheets", "label"):
         if not getattr(cfg.data.screens, name):
             raise config.ConfigError(f"data.screens.{name}: at least 1, a model is made from them")
@@ -116,8 +119,11 @@ def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, st
     source = tfds_builders.build(screens, out / "data")  # anew where it is gone, or of an older version of the code
     names, model_dir = classes(cfg), out / "model"
     tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER) if first is None else first.tokenizer
-    stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out, first))
-    params = train.restore(cfg, out / "train", len(names)).params
+    if first is None or cfg.train.steps:
+        stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out, first))
+        params = train.restore(cfg, out / "train", len(names)).params
+    else:
+        params = first.params
     net = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc) if first is None else first.params["vrc"]
     if first is None and cfg.vrc.sight_steps:
         stage("sight", lambda: _sight(cfg, source["train"], net, out / "trunk.npz"))

@@ -44,7 +44,7 @@ class Run:
     seed: int = 0
     """starts and noise depend on it."""
     tile: int = 384
-    """pixels a side of what is held in memory at once; pictures of at most that are one tile."""
+    """pixels a side of what is held in memory at once, at least 128; pictures of at most that are one tile."""
     overwrite: bool = False
     """replace files that are there."""
 
@@ -57,7 +57,7 @@ Weights = Annotated[str | None, arg(metavar="FILE")]
 def down(
     pictures: Files, /, pair: Weights = None, out: Path | None = None, how: How = Hcd(), run: Running = Run()
 ) -> None:
-    """Make pictures small, in 8 bits, such that the same pair restores more of them than of any other way to shrink.
+    """Make pictures small, in 8 bits, such that the same pair restores more of them than of those it makes by itself.
 
     The small PNG notes the original's size and the pair. Transparency and grey are kept; 16 bits become 8. For example:
 
@@ -159,7 +159,8 @@ def evaluate(
     rows: dict[str, dict] = {}
 
     def one(job: files.Job) -> None:
-        hr, found = _outcomes(job.source, net, some, run)
+        hr = _cut(job.source, net)
+        found = _outcomes(job.source, hr, net, some, run)
         if not rows:
             print(measure.heading(some), flush=True)
         rows[str(job.source)] = measure.figures(hr, found, net.scale)
@@ -208,10 +209,11 @@ def compare(
     from hypervl_jax.rescale import pictures as any_picture
 
     def one(job: files.Job) -> None:
-        hr, found = _outcomes(job.source, net, measure.ways(config), run)
+        hr = _cut(job.source, net)
         h, w = hr.shape[:2]
         if at is not None and not (0 <= at[0] < w and 0 <= at[1] < h):
             raise files.RescaleError(f"--at {at[0]} {at[1]}: choose 0 to {w - 1} and 0 to {h - 1}")
+        found = _outcomes(job.source, hr, net, measure.ways(config), run)
         found["bicubic"] = measure.both_ways(hr, net.scale)
         rows = measure.figures(hr, found, net.scale)
         drawn = drawing.draw(hr, found, rows, at)
@@ -288,9 +290,8 @@ def _pair(name: str | None) -> Any:
 # --- work, and how far it is -----------------------------------------------------------------------------------------
 
 
-def _outcomes(source: Path, pair: Any, some: dict, run: Run) -> tuple[Any, dict]:
-    """(the picture cut to a multiple of the scale, what became of it each way)."""
-    from hypervl_jax.rescale import evaluate as measure
+def _cut(source: Path, pair: Any) -> Any:
+    """A picture cut to a multiple of the scale. Raises `RescaleError` where too little is left to compare."""
     from hypervl_jax.rescale import metrics
     from hypervl_jax.rescale.pictures import MAX_BYTES
 
@@ -299,8 +300,15 @@ def _outcomes(source: Path, pair: Any, some: dict, run: Run) -> tuple[Any, dict]
     least = metrics.WINDOW + 2 * pair.scale
     if min(h, w) < least:
         raise files.RescaleError(f"{w} x {h} px once cut to a multiple of {pair.scale}; at least {least} are compared")
-    with _bar(source, pair, (h, w), [c for config in some.values() for c in (config, None)], run.tile) as bar:
-        return hr, measure.outcomes(pair, hr, some, _key(run), run.tile, bar.update)
+    return hr
+
+
+def _outcomes(source: Path, hr: Any, pair: Any, some: dict, run: Run) -> dict:
+    """What becomes of a picture each way."""
+    from hypervl_jax.rescale import evaluate as measure
+
+    with _bar(source, pair, hr.shape[:2], [c for config in some.values() for c in (config, None)], run.tile) as bar:
+        return measure.outcomes(pair, hr, some, _key(run), run.tile, bar.update)
 
 
 def _bar(source: Path, pair: Any, size: tuple[int, int], walks: list, tile: int) -> tqdm:

@@ -126,11 +126,14 @@ def _driver(cfg: Config) -> tuple[bool, bool | str]:
 
 
 def _narrow(params: dict, cfg: Config) -> dict:
-    """The model in what it computes in; the tables of names stay f32."""
+    """The model in what it computes in. Tables of names stay f32, and so do rows of words until they are taken: in 16
+    bits the gradients of a frequent word would soon stop adding up."""
     if cfg.train.compute_dtype == "float32":
         return params
     model = {g: params[g] for g in (*BRANCHES, "llm")}
-    return params | jax.tree.map(lambda a: a.astype(cfg.train.compute_dtype), model)
+    narrow = jax.tree.map(lambda a: a.astype(cfg.train.compute_dtype), model)
+    words = {"head": llm.head(narrow["llm"]), "embed": params["llm"]["embed"]}
+    return params | narrow | {"llm": narrow["llm"] | words}
 
 
 def _supervised(batch: Batch) -> tuple[Array, Array]:
@@ -219,19 +222,24 @@ def groups(cfg: Config, job: Job) -> tuple[str, ...]:
     return tuple(sorted(out))
 
 
-def gradients(params: dict, cfg: Config, job: Job, batch: Batch) -> tuple[dict, dict[str, Array]]:
-    """(gradients of what moves, parts of the loss). Pure: runs plain, under jit, pmap or shard_map alike.
-
-    With `cfg.train.accumulate` the rows come in so many micro-batches, one after another; every mean is still over the
-    whole batch, however answers and things are spread over them. Raises `ConfigError` for a job of which nothing moves.
-    """
+def moving(params: dict, cfg: Config, job: Job) -> dict:
+    """The parameters a job moves. Raises `ConfigError` where `cfg.train.rules` leave it none."""
     learns = optim.learning(cfg.train, params)
     trained = {g: learns[g] for g in groups(cfg, job) if g in learns}
     if not trained:
         raise ConfigError(
             f"train.rules: a step of {' and '.join(job.branches)} moves nothing; give it something to learn"
         )
-    gradient = functools.partial(jax.grad(loss_fn, has_aux=True), trained, params, cfg, job)
+    return trained
+
+
+def gradients(params: dict, cfg: Config, job: Job, batch: Batch) -> tuple[dict, dict[str, Array]]:
+    """(gradients of what moves, parts of the loss). Pure: runs plain, under jit, pmap or shard_map alike.
+
+    With `cfg.train.accumulate` the rows come in so many micro-batches, one after another; every mean is still over the
+    whole batch, however answers and things are spread over them. Raises `ConfigError` as `moving` does.
+    """
+    gradient = functools.partial(jax.grad(loss_fn, has_aux=True), moving(params, cfg, job), params, cfg, job)
     k = cfg.train.accumulate
     if k == 1:
         return gradient(batch)
@@ -276,6 +284,9 @@ def run(
     pipeline.check(source, *words, cfg.train.steps - cfg.train.stage0_steps, progress)  # now, not after stage 0
     # Put on its device as a restored state is: otherwise a resumed run would compile every step anew.
     state = jax.device_put(init_state(cfg, len(classes), start), jax.local_devices()[0])
+    early = cfg.train.stage0_steps
+    for job in {job_at(cfg, step) for step in range(max(early - 1, 0), min(early + 64, cfg.train.steps))}:
+        moving(state.params, cfg, job)  # found out before the first step of another job
     out.mkdir(parents=True, exist_ok=True)
     _same_run(out / "train.json", cfg, classes)
     ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)

@@ -23,11 +23,11 @@ def test_ways_are_those_there_are_steps_for():
     assert evaluate.ways(HcdConfig(2, 3))["LR3"] == HcdConfig(0, 3)
 
 
-def test_outcomes_are_what_tiles_give_and_looks_are_counted():
+def test_outcomes_are_what_tiles_give_and_walks_are_counted():
     hr = RNG.integers(0, 256, (40, 36, 3), np.uint8)
     some, ticks = evaluate.ways(HcdConfig(0, 2)), []
     found = evaluate.outcomes(PAIR, hr, some, tick=lambda: ticks.append(1))
-    assert len(ticks) == evaluate.looks(some)
+    assert len(ticks) == (1 + 1) + (1 + 2 + 1)  # down, up; shrunk, two steps, up
     np.testing.assert_array_equal(found["plain"].small, tiles.down(PAIR, hr))
     np.testing.assert_array_equal(found["LR2"].restored, tiles.up(PAIR, found["LR2"].small))
     rows = evaluate.figures(hr, found, 2)
@@ -75,6 +75,14 @@ def test_the_drawing_shows_every_way_and_what_is_wrong_with_it():
     below = plain.shape[0] // 2  # the lower half has the maps of errors
     assert (plain[below:] == 255).all(-1).sum() > (better[below:] == 255).all(-1).sum()  # white on black
     assert (drawn == compare.FRAME).all(-1).any()
+
+
+@pytest.mark.parametrize("size", [(24, 40_000), (40_000, 140)])
+def test_a_part_of_less_than_a_pixel_of_the_whole_is_marked(size):
+    hr = np.full((*size, 3), 90, np.uint8)
+    found, rows = {"plain": Outcome(hr[::2, ::2], hr)}, {"plain": {"psnr_y": np.inf, "ssim_y": 1.0}}
+    for at in ((0, 0), (size[1] // 2, size[0] // 2), (size[1] - 1, size[0] - 1)):
+        assert (compare.draw(hr, found, rows, at) == compare.FRAME).all(-1).any()
 
 
 def test_a_grey_map_needs_no_error():

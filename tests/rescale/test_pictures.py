@@ -202,3 +202,10 @@ def test_what_would_be_too_large_is_refused(monkeypatch):
     small = image.Layers(np.zeros((16, 16, 3), np.uint8), None, False, None, {})
     with pytest.raises(RescaleError, match="16 x 16 px times 2 is over the limit"):
         pictures.up(BICUBIC, small)
+
+
+def test_what_was_small_enough_to_go_down_goes_up_again(monkeypatch):
+    """Also where only what was added at its border would be too much."""
+    monkeypatch.setattr(image, "MAX_PIXELS", 1000)
+    small = pictures.down(BICUBIC, image.Layers(noise(31, 31), None, False, None, {}))
+    assert pictures.up(BICUBIC, small).rgb.shape == (31, 31, 3)

@@ -101,8 +101,9 @@ def encode_tiles(
 def embed(
     params: Params, ids: Int[Array, "B L"], slots: Int[Array, "B L"], features: Float[Array, "B F D"]
 ) -> Float[Array, "B L D"]:
-    """Token embeddings, with feature `slots` of the same row written wherever a slot is not negative."""
-    text = llm.embed(params["llm"], ids)
+    """Token embeddings in the decoder's dtype, with feature `slots` of the same row written wherever a slot is not
+    negative."""
+    text = llm.embed(params["llm"], ids).astype(llm.dtype(params["llm"]))
     seen = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], axis=1)
     return jnp.where(slots[..., None] >= 0, seen.astype(text.dtype), text)
 

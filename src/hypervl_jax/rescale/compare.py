@@ -5,6 +5,8 @@ Axes: H W picture, S side of the part.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -73,8 +75,9 @@ def _shown(x: Picture, frame: tuple[float, ...] | None = None) -> Image.Image:
     out = Image.fromarray(np.ascontiguousarray(x))
     out = out.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
     if frame is not None:
-        ends = [round(share * n) for share, n in zip(frame, (*size, *size), strict=True)]
-        ImageDraw.Draw(out).rectangle((ends[0], ends[1], ends[2] - 1, ends[3] - 1), outline=FRAME)
+        left, top = (math.floor(share * n) for share, n in zip(frame[:2], size, strict=True))
+        right, bottom = (math.ceil(share * n) - 1 for share, n in zip(frame[2:], size, strict=True))
+        ImageDraw.Draw(out).rectangle((left, top, right, bottom), outline=FRAME)
     return out
 
 

@@ -38,11 +38,6 @@ def ways(config: HcdConfig | None) -> Ways:
     return out
 
 
-def looks(some: Ways) -> int:
-    """How often `outcomes` walks over all tiles."""
-    return sum(1 + (1 if config is None else tiles.steps(config)) for config in some.values())
-
-
 def outcomes(
     pair: Pair,
     hr: UInt8[np.ndarray, "H W 3"],

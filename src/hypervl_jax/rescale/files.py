@@ -12,7 +12,10 @@ from typing import NamedTuple
 from hypervl_jax.image import ImageError
 from hypervl_jax.needs import UsageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".mpo", ".gif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm",
+    ".pnm",
+)  # fmt: skip
 SMALL, LARGE = "_lr", "_sr"  # what names of small and restored pictures end with
 
 
@@ -28,7 +31,7 @@ class Job(NamedTuple):
 
 
 def found(paths: tuple[Path, ...]) -> list[Path]:
-    """The picture files themselves, and those in folders. Raises `UsageError` where there is none."""
+    """The picture files themselves, and those in folders, each once. Raises `UsageError` where there is none."""
     if not paths:
         raise UsageError("no picture; give one or more files or folders: hypervl rescale VERB PICTURE...")
     out = []
@@ -38,7 +41,7 @@ def found(paths: tuple[Path, ...]) -> list[Path]:
         if path.is_dir() and not inside:
             raise UsageError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
         out += inside or [path]
-    return out
+    return list(dict.fromkeys(out))
 
 
 def jobs(paths: tuple[Path, ...], out: Path | None, ending: str, overwrite: bool) -> list[Job]:
@@ -54,6 +57,8 @@ def jobs(paths: tuple[Path, ...], out: Path | None, ending: str, overwrite: bool
     if alone and out is not None and out.suffix and not out.is_dir():
         checked(sources[0], out, overwrite, ".png")
         return [Job(sources[0], out)]
+    if out is not None and not alone and out.suffix.lower() in SUFFIXES and not out.is_dir():
+        raise UsageError(f"--out {out}: names a picture, but a folder or several pictures are read; name a folder")
     targets: dict[Path, Path] = {}
     for source in sources:
         stem = source.stem.removesuffix(SMALL) if ending == LARGE else source.stem
@@ -61,8 +66,10 @@ def jobs(paths: tuple[Path, ...], out: Path | None, ending: str, overwrite: bool
         if targets.setdefault(target, source) != source:
             raise UsageError(f"{targets[target]} and {source} would both become {target}; rename one")
         checked(source, target, overwrite or not alone, ".png")
-    for target in targets.keys() & set(sources):
-        raise UsageError(f"{target}: is a picture that is read; choose another --out")
+    read = {source.resolve() for source in sources}
+    for target in targets:
+        if target.resolve() in read:
+            raise UsageError(f"{target}: is a picture that is read; choose another --out")
     there = 0 if overwrite else sum(target.exists() for target in targets)
     if there:
         print(f"{there} are there already and stay; --overwrite makes them anew", file=sys.stderr, flush=True)
@@ -110,7 +117,7 @@ def ended(jobs: list[Job], failed: list[str]) -> None:
 def save(path: Path, data: bytes) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    new = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that fits wherever that of `path` does
     try:
         with new.open("xb") as f:
             f.write(data)

@@ -112,10 +112,11 @@ def up(
 def check(pair: Pair, small: Layers, noted: bool = True) -> None:
     """Raises `RescaleError` for a small picture that notes another pair, and one that would be too large."""
     s, (h, w) = tiles.whole_scale(pair), small.rgb.shape[:2]
-    if h * w * s * s > image.MAX_PIXELS:
+    known = notes(small) if noted else None
+    height, width = known.size if known is not None and known.scale == s else (h * s, w * s)
+    if height * width > image.MAX_PIXELS:
         most = image.MAX_PIXELS / 1e6
         raise RescaleError(f"{w} x {h} px times {s} is over the limit of {most:g} million pixels; cut it into parts")
-    known = notes(small) if noted else None
     if known is None:
         return
     if known.scale != s:
