@@ -141,7 +141,11 @@ def test_which_matrices_are_kept_how(tiny_model):
 
 
 def test_the_first_rule_that_matches_holds(tiny_model):
-    recipe = (Rule(r"llm\.blocks\.layers\.down\.weight", "f32"), Rule(r".*\.(gate|o)\.weight", "int4"), *quantize.decoder4(64))
+    recipe = (
+        Rule(r"llm\.blocks\.layers\.down\.weight", "f32"),
+        Rule(r".*\.(gate|o)\.weight", "int4"),
+        *quantize.decoder4(64),
+    )
     params = quantize.quantize(tiny_model.params, recipe)
     layer = params["llm"]["blocks"]["layers"]
     assert layer["down"]["weight"].dtype == np.float32

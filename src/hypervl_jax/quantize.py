@@ -11,7 +11,7 @@ Axes: O outputs, I inputs, G groups of a row, i inputs of a group.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -40,6 +40,9 @@ class Rule(NamedTuple):
 
     path: str
     kind: str  # one of KINDS; "f32": as it is
+
+    def __str__(self) -> str:
+        return f"{self.path}={self.kind}"
 
 
 KINDS: dict[str, Kind | None] = {"f32": None, "int8": Kind(8), "int4": Kind(4)}
@@ -81,10 +84,15 @@ def quantize_matrix(w: Float[np.ndarray, "*S O I"], kind: Kind) -> Quantized:
         scale = scale.astype(jnp.bfloat16).astype(np.float16)
     whole = np.where(scale > 0, scale, 1)[..., None].astype(np.float32)
     q = np.clip(np.rint(groups / whole), -most, most).astype(np.int8)
-    if kind.bits == 8:
-        return Quantized(q.reshape(w.shape), scale)
-    low, high = np.split((q + 8).astype(np.uint8), 2, -1)
-    return Quantized((low | high << 4).reshape(*w.shape[:-1], -1), scale)
+    return quantized(q.reshape(w.shape), scale, kind.bits)
+
+
+def quantized(q: Int8[np.ndarray, "*S O I"], scale: Float[np.ndarray, "*S O G"], bits: Bits) -> Quantized:
+    """Integers and scales as a leaf; the inverse of `integers`."""
+    if bits == 8:
+        return Quantized(q, scale)
+    low, high = np.split((q.reshape(*scale.shape, -1) + 8).astype(np.uint8), 2, -1)
+    return Quantized((low | high << 4).reshape(*q.shape[:-1], -1), scale)
 
 
 def halves(w: Quantized) -> tuple[Array, Array]:
@@ -117,6 +125,17 @@ def floats(w: Quantized) -> Float[np.ndarray, "*S O I"]:
     q, scale = integers(w), np.asarray(w.scale, np.float32)
     groups = q.reshape(*scale.shape, -1).astype(np.float32) * scale[..., None]
     return groups.reshape(q.shape)
+
+
+def parse(texts: Iterable[str]) -> Recipe:
+    """Rules as they are written, `PATTERN=KIND`. Raises `RecipeError` for what is none."""
+    rules = []
+    for text in texts:
+        path, equals, kind = text.rpartition("=")
+        if not equals or kind not in KINDS:
+            raise RecipeError(f"{text!r}: a rule is PATTERN=KIND, its kind one of {', '.join(KINDS)}")
+        rules.append(Rule(path, kind))
+    return tuple(rules)
 
 
 def kind_of(path: str, inputs: int, recipe: Recipe) -> Kind | None:
@@ -160,14 +179,14 @@ def check(recipe: Recipe, paths: list[str]) -> None:
     """Raises `RecipeError` for a rule of which none of the matrices at `paths` would know."""
     for rule in recipe:
         if rule.kind not in KINDS:
-            raise RecipeError(f"{rule.path}={rule.kind}: no such kind; choose one of {', '.join(KINDS)}")
+            raise RecipeError(f"{rule}: no such kind; choose one of {', '.join(KINDS)}")
         try:
             known = any(re.fullmatch(rule.path, path) for path in paths)
         except re.error as e:
-            raise RecipeError(f"{rule.path}={rule.kind}: not a pattern: {e}") from e
+            raise RecipeError(f"{rule}: not a pattern: {e}") from e
         if not known:
             raise RecipeError(
-                f"{rule.path}={rule.kind}: the pattern matches the whole path of no matrix; there are {paths[0]} "
+                f"{rule}: the pattern matches the whole path of no matrix; there are {paths[0]} "
                 f"and {len(paths) - 1} more"
             )
 
@@ -188,9 +207,9 @@ def is_quantized(params: dict) -> bool:
     return bool(matrices(params))
 
 
-def nbytes(params: dict) -> int:
+def nbytes(tree: Any) -> int:
     """Bytes of all weights as they are kept."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def bits_per_weight(tree: Any) -> float:
