@@ -150,8 +150,8 @@ def verify(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, model:
     print(f"{folder}: proved" + (", the integers bit by bit" if made.recipe else ""))
 
 
-def doctor(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /) -> None:
-    """Say what is wrong with exported files: missing, truncated, tampered with, of another model; then load each.
+def doctor(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, load: bool = True) -> None:
+    """Say what is wrong with exported files: missing, truncated, tampered with, of another model.
 
     For example:
 
@@ -159,17 +159,18 @@ def doctor(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /) -> Non
 
     Args:
         folder: what hypervl export wrote.
+        load: whole files are loaded too, each in a process of its own.
     """
     from hypervl_jax.export import doctor as of
     from hypervl_jax.export import lower
 
     lower.extra("ai_edge_litert.interpreter")
-    found = of.examine(folder)
+    found = of.examine(folder, load)
     for fault in found:
         print(fault)
     if found:
         raise lower.ExportError(f"{folder}: {len(found)} fault{'s' * (len(found) > 1)}, named above")
-    print(f"{folder}: whole; every part loads")
+    print(f"{folder}: whole" + ("; every part loads" if load else ""))
 
 
 def convert(

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hypervl_jax import tokens
+from hypervl_jax import quantize, tokens
 from hypervl_jax.export import lower, manifest, pack, runtime
 from hypervl_jax.export.lower import ExportError
 from hypervl_jax.export.manifest import Manifest, ManifestError, Part
+from hypervl_jax.quantize import RecipeError
 
 SECONDS = 300  # that loading a part may take
 _LOAD = "import sys; from hypervl_jax.export import lower; lower.Runner(sys.argv[1])"
@@ -26,8 +27,10 @@ def examine(directory: str | Path, load: bool = True) -> list[str]:
         m = manifest.read(directory)
     except ManifestError as e:
         return [str(e)]
-    found = [*manifest.faults(directory, m), *_model(directory, m), *_tokenizer(directory, m)]
+    found = [*manifest.faults(directory, m), *_model(directory, m)]
     known = "\n".join(found)
+    if str(directory / m.tokenizer.file) not in known:
+        found += _tokenizer(directory / m.tokenizer.file, m)
     for part in m.parts:
         if str(directory / part.file.file) not in known:
             found += _part(directory / part.file.file, part)
@@ -39,21 +42,16 @@ def examine(directory: str | Path, load: bool = True) -> list[str]:
 def _model(directory: Path, m: Manifest) -> Iterator[str]:
     try:
         runtime.fit(m)
-    except ManifestError as e:
+        quantize.parse(m.recipe)
+    except (ManifestError, RecipeError) as e:
         yield f"{directory / manifest.NAME}: {e}; export again"
 
 
-def _tokenizer(directory: Path, m: Manifest) -> Iterator[str]:
-    path = directory / m.tokenizer.file
-    if not path.is_file():
-        return
+def _tokenizer(path: Path, m: Manifest) -> Iterator[str]:
     try:
-        size = tokens.Tokenizer.load(path).size
+        tokens.Tokenizer.load(path).forbidden(m.model.llm.vocab)
     except Exception as e:  # of `tokenizers` too, which has kinds of its own
-        yield f"{path}: not a tokenizer: {(str(e).splitlines() or [''])[0]:.200}; export again"
-        return
-    if size > m.model.llm.vocab:
-        yield f"{path}: {size} tokens, the decoder knows {m.model.llm.vocab}: of another model; export again"
+        yield f"{path}: not the tokenizer of this model: {(str(e).splitlines() or [''])[0]:.200}; export again"
 
 
 def _part(path: Path, part: Part) -> Iterator[str]:
@@ -82,4 +80,5 @@ def _loaded(path: Path) -> Iterator[str]:
     if done.returncode < 0:
         yield f"{path}: the runtime crashed on it (signal {-done.returncode}); export again"
     elif done.returncode:
-        yield (done.stderr.strip().splitlines() or [f"{path}: the runtime cannot load it"])[-1].partition(": ")[2]
+        said = (done.stderr.strip().splitlines() or [""])[-1].removeprefix("hypervl_jax.export.lower.ExportError: ")
+        yield said if said.startswith(str(path)) else f"{path}: the runtime cannot load it: {said}"
