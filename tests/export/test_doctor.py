@@ -55,7 +55,7 @@ def test_a_whole_folder_has_no_faults_and_loads(folder, capsys):
 
 
 def test_truncation_at_fifty_offsets(folder):
-    """Ten of each file; of parts also with a manifest that says that this is how it must be."""
+    """Ten of each file; of some also with a manifest that says that this is how it must be."""
     for name in FILES:
         whole = (folder / name).read_bytes()
         said = (folder / manifest.NAME).read_text()
@@ -65,19 +65,20 @@ def test_truncation_at_fifty_offsets(folder):
             assert doctor.examine(folder, load=False) == [
                 f"{folder / name}: {cut} bytes instead of {len(whole)}: truncated or replaced; export again"
             ]
-            rehash(folder, name)
-            (fault,) = doctor.examine(folder, load=False)
-            assert str(folder / name) in fault or "is not in an embedder of this size" in fault
-            (folder / manifest.NAME).write_text(said)
+            if i % 5 == 4:
+                rehash(folder, name)
+                (fault,) = doctor.examine(folder, load=False)
+                assert str(folder / name) in fault or "is not in an embedder of this size" in fault
+                (folder / manifest.NAME).write_text(said)
         (folder / name).write_bytes(whole)
 
 
 def test_flipped_bytes(folder):
     for name in FILES:
         whole = (folder / name).read_bytes()
-        for i in range(10):
+        for i in range(5):
             changed = bytearray(whole)
-            changed[(len(whole) - 1) * i // 9] ^= 0x5A
+            changed[(len(whole) - 1) * i // 4] ^= 0x5A
             (folder / name).write_bytes(changed)
             assert doctor.examine(folder, load=False) == [
                 f"{folder / name}: not the file that was exported (its hash differs); export again"

@@ -143,3 +143,18 @@ def test_a_damaged_file_is_refused(packed, share):
     packed.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ExportError, match="damaged"):
         pack.read(packed)
+
+
+@pytest.mark.parametrize(("scale", "kept"), [(1 + 2**-7, 1 + 2**-7), (1 + 2**-10, 1.0), (1 + 3 * 2**-9, 1 + 2**-7)])
+def test_a_kernel_keeps_eight_bits_of_a_groups_scale(scale, kept, tmp_path):
+    """Why `quantize_matrix` rounds them so."""
+    path, q = tmp_path / "net.tflite", rng.integers(1, 8, (16, 64)).astype(np.int8)
+    w = quantize.quantized(q, np.full((16, 2), scale, np.float16), 4)
+    args = (jax.ShapeDtypeStruct((1, 64), jnp.float32),)
+    lower.to_tflite(
+        path, {"w": quantize.floats(w)}, [lower.Signature("f", lambda p, x: x @ p["w"].T, args, ("x",), ("y",))]
+    )
+    pack.pack(path, {"w": w})
+    x = np.zeros((1, 64), np.float32)
+    x[0, 3] = 255
+    np.testing.assert_allclose(lower.run(path, "f", {"x": x})["y"][0], 255 * kept * q[:, 3], rtol=1e-6)

@@ -57,9 +57,7 @@ def _tokenizer(path: Path, m: Manifest) -> Iterator[str]:
 def _part(path: Path, part: Part) -> Iterator[str]:
     """A file against what the manifest says of it."""
     try:
-        contents = lower.inspect(path)
-        lower.check_ops(path)
-        pack.read(path)
+        contents, _ = lower.parsed(path, lambda *of: (lower.contents(*of), pack.held(*of)))
     except ExportError as e:
         yield str(e)
         return
@@ -67,6 +65,8 @@ def _part(path: Path, part: Part) -> Iterator[str]:
         e.name: tuple({t.name: (t.dtype, t.shape) for t in side} for side in (e.inputs, e.outputs))
         for e in part.signatures
     }
+    if bad := lower.without_kernel(contents.ops):
+        yield f"{path}: operators without a kernel on phones: {', '.join(bad)}; export again"
     if listed != contents.signatures:
         yield f"{path}: not the {part.name} of {manifest.NAME}: it takes and gives other arrays; export again"
 

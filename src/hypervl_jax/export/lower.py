@@ -204,7 +204,7 @@ class Contents(NamedTuple):
 
 def inspect(path: str | Path, name: str | None = None) -> Contents:
     """Read a file without running it. Raises `ExportError` for one that is not whole (called `name`, if given)."""
-    return parsed(path, _contents, name)
+    return parsed(path, contents, name)
 
 
 def parsed(path: str | Path, read: Callable[[Any, np.ndarray], T], name: str | None = None) -> T:
@@ -231,7 +231,8 @@ def parsed(path: str | Path, read: Callable[[Any, np.ndarray], T], name: str | N
         raise ExportError(f"{name}: truncated or damaged .tflite file of {size} bytes; export again") from e
 
 
-def _contents(model: Any, _: np.ndarray) -> Contents:
+def contents(model: Any, data: np.ndarray) -> Contents:
+    """What an unpacked model says of itself, for `parsed`."""
     signatures = {}
     for s in model.signatureDefs or ():
         tensors = model.subgraphs[s.subgraphIndex].tensors
@@ -269,10 +270,14 @@ def ops(path: str | Path) -> list[str]:
 def check_ops(path: str | Path, name: str | None = None) -> list[str]:
     """`ops(path)`, all of them with a kernel in the plain runtime; raises `ExportError` naming those that have none."""
     found = inspect(path, name).ops
-    bad = [o for o in found if _needs_more(o)]
-    if bad:
+    if bad := without_kernel(found):
         raise ExportError(f"{name or path}: operators without a kernel on phones: {', '.join(bad)}")
     return found
+
+
+def without_kernel(ops: Sequence[str]) -> list[str]:
+    """Those of the operators that the plain runtime does not have."""
+    return [op for op in ops if _needs_more(op)]
 
 
 def _needs_more(op: str) -> bool:

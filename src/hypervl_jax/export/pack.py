@@ -66,7 +66,7 @@ def pack(path: str | Path, matrices: Mapping[str, Quantized]) -> None:
 
 def read(path: str | Path, name: str | None = None) -> dict[str, Quantized]:
     """The matrices that a file holds as integers, by name. Raises `ExportError` for a file that is not whole."""
-    return lower.parsed(path, _read, name)
+    return lower.parsed(path, held, name)
 
 
 def compare(path: str | Path, matrices: Mapping[str, Quantized]) -> None:
@@ -187,7 +187,8 @@ def _write(path: Path, model: Any, buffers: list[np.ndarray | None]) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(model: Any, data: np.ndarray) -> dict[str, Quantized]:
+def held(model: Any, data: np.ndarray) -> dict[str, Quantized]:
+    """What `read` gives, of an unpacked model, for `lower.parsed`."""
     schema = lower.extra(_SCHEMA)
     bits: dict[int, Bits] = {schema.TensorType.INT8: 8, schema.TensorType.INT4: 4}
     out: dict[str, Quantized] = {}
