@@ -44,13 +44,13 @@ class Signature(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def extra(module: str) -> Any:
-    """A module of the converter or the runtime. Raises `ExportUnavailable` where it is not installed."""
+def extra(module: str, name: str = "export") -> Any:
+    """A module of an extra. Raises `ExportUnavailable` where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         raise ExportUnavailable(
-            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[export]' (the converter has wheels "
+            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[{name}]' (the converter has wheels "
             "for Linux x86-64 and macOS arm64 only, the runtime for more). Everything but export works here."
         ) from e
 

@@ -74,17 +74,20 @@ def compressor(cfg: ModelConfig, params: dict) -> Part:
     )
 
 
-def encoder(cfg: ModelConfig, params: dict, branch: Branch) -> Part:
-    """One tile through a branch and its projector."""
+def encoder(cfg: ModelConfig, params: dict, branch: Branch, masked: bool = True) -> Part:
+    """One tile through a branch and its projector. Not `masked` there is no padding and no mask, and the signature is
+    called as LiteRT-LM wants it."""
     t, patches = cfg.policy.tile, cfg.policy.patches_per_side**2
 
-    def vision(p, images, mask):
-        return hypervl.encode_batch(_stacked(p), cfg, branch, images, mask > 0.5, scan=False)
+    def vision(p, images, mask=None):
+        seen = jnp.ones((1, patches), bool) if mask is None else mask > 0.5
+        return hypervl.encode_batch(_stacked(p), cfg, branch, images, seen, scan=False)
 
-    args = (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
-    return Part(
-        _unstacked({branch: params[branch]}), (Signature("vision", vision, args, ("images", "mask"), ("features",)),)
-    )
+    tree, args = _unstacked({branch: params[branch]}), (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
+    if masked:
+        return Part(tree, (Signature("vision", vision, args, ("images", "mask"), ("features",)),))
+    name = f"vision_{cfg.policy.tokens_per_tile}"
+    return Part(tree, (Signature(name, vision, args[:1], ("images",), ("features",)),))
 
 
 def embedder(cfg: ModelConfig, params: dict) -> Part:
