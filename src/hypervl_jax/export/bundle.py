@@ -99,7 +99,8 @@ def _agree(files: Runtime, pixels: np.ndarray, branch: Branch, want: Answer, got
             continue
         near = logits >= logits[~forbidden].max() - limit * np.abs(logits).max()
         others = [i for i in np.flatnonzero(near & ~forbidden) if i != chosen]
-        return any(got == before if i == end else got.startswith(before + tok.decode([i])) for i in others)
+        told = any(got == before if i == end else got.startswith(before + tok.decode([i])) for i in others)
+        return bool(near[chosen]) and told
     return True
 
 
