@@ -123,8 +123,8 @@ def keep(params: dict, kind: str) -> dict:
     from hypervl_jax import quantize
     from hypervl_jax.model.layers import unstack
 
-    bits = quantize.BITS.get(kind)
-    kept = quantize.quantize(params, bits) if bits else params
+    recipe = quantize.RECIPES.get(kind)
+    kept = quantize.quantize(params, recipe) if recipe else params
     kept = kept if bits else jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(kind)), kept)
     llm = {"llm": unstack(kept["llm"])} if "llm" in kept else {}
     return jax.device_put(kept | llm, may_alias=True)

@@ -294,3 +294,28 @@ def test_the_training_step_and_the_limits_are_measured(load):
     found = inference.training(quick=True, n=1)
     assert found["seconds"] > 0
     assert all(v > 0 for v in inference.limits(small=True).values())
+
+
+# --- quantize --------------------------------------------------------------------------------------------------------
+
+
+def test_points_lost_are_paired_and_a_task_each(load):
+    of = load("quantize")
+    before = [Answer(i, task, "x", "x", True) for i in range(8) for task in ("read", "count")]
+    after = [a._replace(correct=a.task == "count" or a.screen > 1, answer="y" if a.screen < 2 else "x") for a in before]
+    found = of.lost(before, after)
+    assert {t: (x["mean"], x["n"], x["before"]) for t, x in found.items()} == {
+        "count": (0, 8, 100), "read": (25, 8, 100),
+    }  # fmt: skip
+    assert found["read"]["low"] < 25 < found["read"]["high"]
+    assert of.same(before, after) == 0.75
+
+
+def test_only_what_is_no_integer_becomes_bf16(load, tiny_model):
+    from hypervl_jax import quantize
+
+    narrow = load("quantize").in_bf16(quantize.quantize(tiny_model.params, quantize.decoder4()))
+    layer = narrow["llm"]["blocks"]["layers"]
+    assert layer["down"]["weight"].scale.dtype == np.float16
+    assert layer["norm1"]["weight"].dtype == narrow["base"]["vit"]["pos"].dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow["vrc"])} == {np.dtype("float32")}

@@ -131,10 +131,10 @@ def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None
     path = find_model(name)
     cfg, info = _described(path)
     want = expected(cfg)
-    bits = quantize.BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is not None and shardings is not None:
+    recipe = quantize.RECIPES.get(dtype) if isinstance(dtype, str) else None
+    if recipe is not None and shardings is not None:
         raise ValueError(f"{dtype} weights are read onto one device: leave out shardings")
-    pack, dtype = (quantize.packer(bits), np.float32) if bits is not None else (None, dtype)
+    pack, dtype = (quantize.packer(recipe), np.float32) if recipe is not None else (None, dtype)
     params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings, pack)
     return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
 

@@ -80,7 +80,13 @@ def evaluate(
 
 
 def export(
-    model: Annotated[Positional[str], arg(metavar="MODEL")], /, out: Path, branch: Branch | Literal["both"] = "both"
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    /,
+    out: Path,
+    branch: Branch | Literal["both"] = "both",
+    recipe: Literal["f32", "int8", "w4a16"] = "f32",
+    group: Literal["32", "64", "128", "row"] = "32",
+    rules: tuple[str, ...] = (),
 ) -> None:
     """Write a model as verified .tflite files with a manifest; nothing is left if a part does not match JAX.
 
@@ -88,21 +94,83 @@ def export(
 
     hypervl export quickstart/model --out phone
 
+    hypervl export nano --out phone --recipe w4a16 --rules "llm.blocks.layers.down.weight=int8"
+
     Args:
         model: a model folder, or the name of weights that ship.
         out: folder to write; an earlier export there is replaced, anything else is left alone.
         branch: which vision encoders to export.
+        recipe: f32; int8, every matrix in 8 bits; w4a16, the decoder's projections in 4 bits and all other in 8.
+        group: inputs that share a scale in 4 bits.
+        rules: PATTERN=KIND, before those of the recipe: the pattern is of a whole path, the kind one of f32, int8,
+            int4 (a scale a row), int4/32, int4/64, int4/128.
     """
+    from hypervl_jax import quantize
     from hypervl_jax.export import lower, parts
 
+    recipes = {"f32": (), "w4a16": quantize.decoder4(None if group == "row" else int(group))} | quantize.RECIPES
+    how = (*quantize.parse(rules), *recipes[recipe])
     lower.require()
     loaded = needs.load(model)
-    made = parts.export(loaded, out, branches=BRANCHES if branch == "both" else (branch,))
+    branches = BRANCHES if branch == "both" else (branch,)
+    made = parts.export(loaded, out, recipe=how, branches=branches, source=model)
     for name, error in made.parity.items():
-        print(f"{name}: {error:.1e} from JAX")
+        print(f"{name}: {error:.1e} from JAX" + (f", {made.lowered[name]:.1e} before rounding" if how else ""))
     for part in made.parts:
-        print(f"{part.name}: {part.file.bytes / 1e6:.2f} MB, {len(part.signatures)} signatures")
+        print(
+            f"{part.name}: {part.file.bytes / 1e6:.2f} MB, {made.bits[part.name]:.2f} bits a weight, "
+            f"{len(part.signatures)} signatures"
+        )
+    print(f"decoder's layers: {made.bits['layers']:.2f} bits a weight")
     print(f'ask it: hypervl ask PICTURE "what is this?" --runtime litert --model {out}')
+
+
+def verify(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, model: str | None = None) -> None:
+    """Prove exported files again: the integers they hold bit by bit, and every seam against JAX on pictures.
+
+    For example:
+
+    hypervl verify phone
+
+    Args:
+        folder: what hypervl export wrote.
+        model: the model it was made from; if not given, where it was then.
+    """
+    from hypervl_jax.export import lower, manifest, parts
+
+    lower.require()
+    made = manifest.check(folder)
+    if not (model or made.source):
+        raise needs.UsageError(f"{folder}: does not say what it was made from; give --model")
+    seams = parts.prove(needs.load(model or made.source), folder)
+    for seam in seams:
+        print(f"{seam.name}: {seam.error:.1e} from JAX, {seam.limit:g} is allowed")
+    if wrong := [str(seam) for seam in seams if not seam.ok]:
+        raise lower.ExportError(f"{folder}: {'; '.join(wrong)}")
+    print(f"{folder}: proved" + (", the integers bit by bit" if made.recipe else ""))
+
+
+def doctor(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, load: bool = True) -> None:
+    """Say what is wrong with exported files: missing, truncated, tampered with, of another model.
+
+    For example:
+
+    hypervl doctor phone
+
+    Args:
+        folder: what hypervl export wrote.
+        load: whole files are loaded too, each in a process of its own.
+    """
+    from hypervl_jax.export import doctor as of
+    from hypervl_jax.export import lower
+
+    lower.extra("ai_edge_litert.interpreter")
+    found = of.examine(folder, load)
+    for fault in found:
+        print(fault)
+    if found:
+        raise lower.ExportError(f"{folder}: {len(found)} fault{'s' * (len(found) > 1)}, named above")
+    print(f"{folder}: whole" + ("; every part loads" if load else ""))
 
 
 def convert(
@@ -198,6 +266,8 @@ VERBS = {
     "train": train,
     "eval": evaluate,
     "export": export,
+    "verify": verify,
+    "doctor": doctor,
     "convert": convert,
     "data": preparing.data,
     "rescale": rescaling.rescale,

@@ -1,99 +1,222 @@
 """Weights in 8 and 4 bits: which tensors, which integers, which scales.
 
 A matrix [O I] becomes symmetric integers with a scale a group of inputs: w ~ q * scale, |w - q * scale| <= scale / 2.
-In 8 bits a row is one group; in 4 bits, two to a byte, 32 inputs are one and scales are f16. The decoder's projections
-are in 4 bits where that is asked for, all other matrices (tables and encoders) then in 8; norms, biases, position
-tables and VRC stay as they are. `model.layers.matmul` multiplies by either without making floats of all of it.
+The scales of a whole row are f32; those of smaller groups are f16 of 8 significant bits, since that is what the kernels
+of phones (XNNPACK) make of them. In 4 bits two integers lie in a byte. Which matrix is kept how is a recipe, rules by
+path; norms, biases, position tables and VRC stay as they are. `model.layers.matmul` multiplies by any of it without
+making floats of all of it, and exported files hold the same integers (`export/pack.py`).
 Axes: O outputs, I inputs, G groups of a row, i inputs of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from hypervl_jax.tensors import flatten, unflatten
 
 Bits = Literal[8, 4]
-BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
-GROUP = 32  # inputs that share a scale in 4 bits
+
+
+class RecipeError(ValueError):
+    """A recipe that does not fit a model; the message names the rule and what there is."""
+
+
+class Kind(NamedTuple):
+    """How a matrix is kept."""
+
+    bits: Bits
+    group: int | None = None  # inputs that share a scale; None: a row
+
+
+class Rule(NamedTuple):
+    """What becomes of the matrices whose whole path (`llm.blocks.layers.q.weight`) a pattern matches."""
+
+    path: str
+    kind: str  # one of KINDS; "f32": as it is
+
+    def __str__(self) -> str:
+        return f"{self.path}={self.kind}"
+
+
+KINDS: dict[str, Kind | None] = {"f32": None, "int8": Kind(8), "int4": Kind(4)}
+KINDS |= {f"int4/{group}": Kind(4, group) for group in (32, 64, 128)}
+Recipe = tuple[Rule, ...]  # the first rule that matches a path holds; without one a matrix stays as it is
+
+
+def decoder4(group: int | None = 32) -> Recipe:
+    """The decoder's projections in 4 bits (their groups permitting), tables and encoders in 8."""
+    return (Rule(r"llm\.blocks\..*", f"int4/{group}" if group else "int4"), Rule(".*", "int8"))
+
+
+RECIPES: dict[str, Recipe] = {"int8": (Rule(".*", "int8"),), "int4": decoder4()}
 
 
 class Quantized(NamedTuple):
     """A matrix of a model, or a stack of them, in place of its array."""
 
     q: Any  # 8 bits: i8[... O I]; 4 bits: u8[... O I/2], of each group its first half in the low bits, plus 8
-    scale: Any  # f32[... O 1], or f16[... O I/32]
+    scale: Any  # f32[... O 1], or f16[... O G]
 
     @property
     def bits(self) -> Bits:
         return 8 if self.q.dtype == jnp.int8 else 4
 
+    @property
+    def group(self) -> int:
+        return self.q.shape[-1] * (8 // self.bits) // self.scale.shape[-1]
 
-def quantize_matrix(w: Float[np.ndarray, "*S O I"], bits: Bits) -> Quantized:
-    """The nearest integers, symmetric about 0, the largest of a group at the end of the range. For 4 bits I is a
-    multiple of 32."""
-    most = 2 ** (bits - 1) - 1
+
+def quantize_matrix(w: Float[np.ndarray, "*S O I"], kind: Kind) -> Quantized:
+    """The nearest integers, symmetric about 0, the largest of a group at the end of the range. I is a multiple of the
+    group, and even in 4 bits."""
+    most = 2 ** (kind.bits - 1) - 1
     w = np.asarray(w, np.float32)
-    groups = w.reshape(*w.shape[:-1], -1, GROUP if bits == 4 else w.shape[-1])
-    scale = (np.abs(groups).max(-1) / most).astype(np.float16 if bits == 4 else np.float32)
+    groups = w.reshape(*w.shape[:-1], -1, kind.group or w.shape[-1])
+    scale = np.abs(groups).max(-1) / np.float32(most)
+    if kind.group:
+        scale = scale.astype(jnp.bfloat16).astype(np.float16)
     whole = np.where(scale > 0, scale, 1)[..., None].astype(np.float32)
     q = np.clip(np.rint(groups / whole), -most, most).astype(np.int8)
+    return quantized(q.reshape(w.shape), scale, kind.bits)
+
+
+def quantized(q: Int8[np.ndarray, "*S O I"], scale: Float[np.ndarray, "*S O G"], bits: Bits) -> Quantized:
+    """Integers and scales as a leaf; the inverse of `integers`."""
     if bits == 8:
-        return Quantized(q.reshape(w.shape), scale)
-    low, high = np.split((q + 8).astype(np.uint8), 2, -1)
-    return Quantized((low | high << 4).reshape(*w.shape[:-1], -1), scale)
+        return Quantized(q, scale)
+    low, high = np.split((q.reshape(*scale.shape, -1) + 8).astype(np.uint8), 2, -1)
+    return Quantized((low | high << 4).reshape(*q.shape[:-1], -1), scale)
 
 
-def halves(q: Array) -> tuple[Array, Array]:
-    """u8[... I/2] of 4 bits -> the first and the second half of each group, f32[... G i/2] each."""
-    q = q.reshape(*q.shape[:-1], -1, GROUP // 2)
+def halves(w: Quantized) -> tuple[Array, Array]:
+    """4 bits -> the first and the second half of each group, f32[... G i/2] each."""
+    q = w.q.reshape(*w.q.shape[:-1], -1, w.group // 2)
     return (q & 15).astype(jnp.float32) - 8, (q >> 4).astype(jnp.float32) - 8
 
 
 def dequantize(w: Quantized, dtype: Any = jnp.float32) -> Float[Array, "*S O I"]:
     """The matrix that a `Quantized` stands for."""
-    q, scale = jnp.asarray(w.q), jnp.asarray(w.scale, jnp.float32)
+    w = Quantized(jnp.asarray(w.q), jnp.asarray(w.scale))
+    scale = w.scale.astype(jnp.float32)
     if w.bits == 8:
-        return (q.astype(jnp.float32) * scale).astype(dtype)
-    groups = jnp.concatenate(halves(q), -1) * scale[..., None]
-    return groups.reshape(*q.shape[:-1], -1).astype(dtype)
+        return (w.q.astype(jnp.float32) * scale).astype(dtype)
+    groups = jnp.concatenate(halves(w), -1) * scale[..., None]
+    return groups.reshape(*w.q.shape[:-1], -1).astype(dtype)
 
 
-def bits_of(path: str, inputs: int, bits: Bits) -> Bits | None:
-    """How a leaf (`llm.blocks.layers.q.weight`) is kept in a model of so many bits; None: as it is."""
-    *parents, leaf = path.split(".")
-    if leaf not in ("weight", "embed", "head") or parents[0] == "vrc" or any("norm" in name for name in parents):
+def integers(w: Quantized) -> Int8[np.ndarray, "*S O I"]:
+    """The integers in the order of the matrix, on the host."""
+    q = np.asarray(w.q)
+    if w.bits == 8:
+        return q
+    q = q.reshape(*q.shape[:-1], -1, w.group // 2)
+    return (np.concatenate([q & 15, q >> 4], -1).astype(np.int8) - 8).reshape(*q.shape[:-2], -1)
+
+
+def floats(w: Quantized) -> Float[np.ndarray, "*S O I"]:
+    """`dequantize` on the host: the same numbers, bit by bit."""
+    q, scale = integers(w), np.asarray(w.scale, np.float32)
+    groups = q.reshape(*scale.shape, -1).astype(np.float32) * scale[..., None]
+    return groups.reshape(q.shape)
+
+
+def parse(texts: Iterable[str]) -> Recipe:
+    """Rules as they are written, `PATTERN=KIND`. Raises `RecipeError` for what is none."""
+    rules = []
+    for text in texts:
+        path, equals, kind = text.rpartition("=")
+        if not equals or kind not in KINDS:
+            raise RecipeError(f"{text!r}: a rule is PATTERN=KIND, its kind one of {', '.join(KINDS)}")
+        rules.append(Rule(path, kind))
+    return tuple(rules)
+
+
+def kind_of(path: str, inputs: int, recipe: Recipe) -> Kind | None:
+    """How a recipe keeps a leaf (`llm.blocks.layers.q.weight`) of so many inputs; None: as it is. Where its group
+    does not divide the inputs a matrix is kept in 8 bits."""
+    if not is_matrix(path):
         return None
-    return 4 if bits == 4 and parents[0] == "llm" and leaf == "weight" and inputs % GROUP == 0 else 8
+    kind = next((KINDS[rule.kind] for rule in recipe if re.fullmatch(rule.path, path)), None)
+    if kind is None or kind.bits == 8:
+        return kind
+    return kind if inputs % (kind.group or 2) == 0 else Kind(8)
 
 
-def packer(bits: Bits) -> Callable[[str, np.ndarray], Any]:
+def is_matrix(path: str) -> bool:
+    """Whether recipes speak of a leaf: matrices and tables, but not VRC's."""
+    *parents, leaf = path.split(".")
+    return leaf in ("weight", "embed", "head") and parents[0] != "vrc" and not any("norm" in name for name in parents)
+
+
+def packer(recipe: Recipe) -> Callable[[str, np.ndarray], Any]:
     """What `tensors.read` does with each tensor of a model as it comes: (path, numbers) -> leaf."""
 
     def pack(path: str, numbers: np.ndarray) -> Any:
-        kept = bits_of(path, numbers.shape[-1] if numbers.ndim else 0, bits)
-        return numbers if kept is None else quantize_matrix(numbers, kept)
+        kind = kind_of(path, numbers.shape[-1] if numbers.ndim else 0, recipe)
+        return numbers if kind is None else quantize_matrix(numbers, kind)
 
     return pack
 
 
-def quantize(params: dict, bits: Bits) -> dict:
-    """A model's tree with its matrices in `bits`; every function of the library takes it in place of the other. Not to
-    be trained, saved or exported."""
-    pack = packer(bits)
-    return unflatten({path: pack(path, np.asarray(leaf)) for path, leaf in flatten(params).items()})
+def quantize(params: dict, recipe: Recipe) -> dict:
+    """A model's tree with its matrices as the recipe says; every function of the library takes it in place of the
+    other. Not to be trained or saved. Raises `RecipeError` for a rule that speaks of no matrix, or of an unknown kind.
+    """
+    flat = flatten(params)
+    check(recipe, [path for path in flat if is_matrix(path)])
+    pack = packer(recipe)
+    return unflatten({path: pack(path, np.asarray(leaf)) for path, leaf in flat.items()})
+
+
+def check(recipe: Recipe, paths: list[str]) -> None:
+    """Raises `RecipeError` for a rule of which none of the matrices at `paths` would know."""
+    for rule in recipe:
+        if rule.kind not in KINDS:
+            raise RecipeError(f"{rule}: no such kind; choose one of {', '.join(KINDS)}")
+        try:
+            known = any(re.fullmatch(rule.path, path) for path in paths)
+        except re.error as e:
+            raise RecipeError(f"{rule}: not a pattern: {e}") from e
+        if not known:
+            raise RecipeError(
+                f"{rule}: the pattern matches the whole path of no matrix; there are {paths[0]} "
+                f"and {len(paths) - 1} more"
+            )
+
+
+def restored(tree: Any) -> Any:
+    """A tree whose matrices are the floats that they stand for."""
+    return jax.tree.map(lambda w: floats(w) if isinstance(w, Quantized) else w, tree, is_leaf=_is_quantized)
+
+
+def matrices(tree: Any) -> dict[str, Quantized]:
+    """The matrices of a tree that are in 8 or 4 bits, by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_quantized)[0]
+    named = ((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves)
+    return {path: leaf for path, leaf in named if isinstance(leaf, Quantized)}
 
 
 def is_quantized(params: dict) -> bool:
-    return any(isinstance(leaf, Quantized) for leaf in flatten(params).values())
+    return bool(matrices(params))
 
 
-def nbytes(params: dict) -> int:
+def nbytes(tree: Any) -> int:
     """Bytes of all weights as they are kept."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def bits_per_weight(tree: Any) -> float:
+    """Bits a weight takes, its share of the scales included, over everything in a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_quantized)
+    return 8 * nbytes(tree) / sum(integers(w).size if isinstance(w, Quantized) else w.size for w in leaves)
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)

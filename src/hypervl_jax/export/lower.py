@@ -12,13 +12,14 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 DENSE_LIMIT = 1 << 30  # bytes of parameters up to which constants are dense: folded and fused, but copied several times
 FOLD_BELOW = 1 << 16  # bytes of a leaf that stays dense even above DENSE_LIMIT: biases and norm gains fuse
 Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
+T = TypeVar("T")
 _TO_STABLEHLO = "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline,strip-debuginfo)"
 
 
@@ -43,20 +44,21 @@ class Signature(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def _extra(module: str) -> Any:
+def extra(module: str, name: str = "export") -> Any:
+    """A module of an extra. Raises `ExportUnavailable` where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         raise ExportUnavailable(
-            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[export]' (the converter has wheels "
+            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[{name}]' (the converter has wheels "
             "for Linux x86-64 and macOS arm64 only, the runtime for more). Everything but export works here."
         ) from e
 
 
 def require() -> None:
     """Raises `ExportUnavailable` where the converter or the runtime is missing: before work, not after it."""
-    _extra("litert_converter.mlir._mlir_libs.converter_api_ext")
-    _extra("ai_edge_litert.interpreter")
+    extra("litert_converter.mlir._mlir_libs.converter_api_ext")
+    extra("ai_edge_litert.interpreter")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -107,8 +109,8 @@ def _trace(file: str, s: Signature, tree: Any, leaves: list[np.ndarray]) -> Any:
 
 
 def _convert(file: str, part: Path, leaves: list[np.ndarray], signatures: Sequence[Signature], exported: list[Any]):
-    converter = _extra("litert_converter.mlir._mlir_libs.converter_api_ext")
-    ir, passes = _extra("litert_converter.mlir.ir"), _extra("litert_converter.mlir.passmanager")
+    converter = extra("litert_converter.mlir._mlir_libs.converter_api_ext")
+    ir, passes = extra("litert_converter.mlir.ir"), extra("litert_converter.mlir.passmanager")
     context = ir.Context()
     converter.prepare_mlir_context(context)
     try:
@@ -159,7 +161,7 @@ def _constants(ir: Any, leaves: list[np.ndarray]) -> list[tuple[Any, Any]]:
 
 def _bind(ir: Any, module: Any, constants: list[tuple[Any, Any]]) -> None:
     """Replace the first arguments of `main`, the parameters, by constants."""
-    arith, func = _extra("litert_converter.mlir.dialects.arith"), _extra("litert_converter.mlir.dialects.func")
+    arith, func = extra("litert_converter.mlir.dialects.arith"), extra("litert_converter.mlir.dialects.func")
     main = next(
         o
         for o in module.body.operations
@@ -201,7 +203,12 @@ class Contents(NamedTuple):
 
 
 def inspect(path: str | Path, name: str | None = None) -> Contents:
-    """Read a file without running it. Raises `ExportError` for one that is not whole (called `name`, if given).
+    """Read a file without running it. Raises `ExportError` for one that is not whole (called `name`, if given)."""
+    return parsed(path, contents, name)
+
+
+def parsed(path: str | Path, read: Callable[[Any, np.ndarray], T], name: str | None = None) -> T:
+    """What `read` makes of a file, given its unpacked model and its bytes. Raises `ExportError` where that fails.
 
     The whole model is unpacked, every offset checked, before anything native maps the file.
     """
@@ -212,37 +219,47 @@ def inspect(path: str | Path, name: str | None = None) -> Contents:
     data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
     if data[4:8].tobytes() != b"TFL3":
         raise ExportError(f"{name}: not a .tflite file; export again")
-    schema = _extra("ai_edge_litert.schema_py_generated")
+    schema = extra("ai_edge_litert.schema_py_generated")
     try:
         model = schema.ModelT.InitFromPackedBuf(data)
-        if max(b.offset + b.size for b in model.buffers) > size:  # buffers of models above 2 GB lie behind the tables
+        if max(b.offset + b.size for b in model.buffers) > size:  # large buffers lie behind the tables
             raise ValueError("buffers outside the file")
-        signatures = {}
-        for s in model.signatureDefs or ():
-            tensors = model.subgraphs[s.subgraphIndex].tensors
-            signatures[s.signatureKey.decode()] = (_arrays(s.inputs, tensors), _arrays(s.outputs, tensors))
-        versions = [model.buffers[m.buffer] for m in model.metadata or () if m.name == b"min_runtime_version"]
-        version = versions[0].data.tobytes().rstrip(b"\0").decode() if versions else ""
-        return Contents(_op_names(model), signatures, version)
+        return read(model, data)
+    except ExportError:
+        raise
     except Exception as e:  # whatever reading nonsense raises: struct.error, ValueError, IndexError, TypeError ...
         raise ExportError(f"{name}: truncated or damaged .tflite file of {size} bytes; export again") from e
 
 
+def contents(model: Any, data: np.ndarray) -> Contents:
+    """What an unpacked model says of itself, for `parsed`."""
+    signatures = {}
+    for s in model.signatureDefs or ():
+        tensors = model.subgraphs[s.subgraphIndex].tensors
+        signatures[s.signatureKey.decode()] = (_arrays(s.inputs, tensors), _arrays(s.outputs, tensors))
+    versions = [model.buffers[m.buffer] for m in model.metadata or () if m.name == b"min_runtime_version"]
+    version = versions[0].data.tobytes().rstrip(b"\0").decode() if versions else ""
+    return Contents(_op_names(model), signatures, version)
+
+
 def _arrays(maps: Any, tensors: Any) -> Arrays:
-    types = {v: k.lower() for k, v in vars(_extra("ai_edge_litert.schema_py_generated").TensorType).items()}
+    types = {v: k.lower() for k, v in vars(extra("ai_edge_litert.schema_py_generated").TensorType).items()}
     found = ((m.name.decode(), tensors[m.tensorIndex]) for m in maps or ())
     return {name: (types[t.type], tuple(int(n) for n in (() if t.shape is None else t.shape))) for name, t in found}
 
 
 def _op_names(model: Any) -> list[str]:
-    operators = vars(_extra("ai_edge_litert.schema_py_generated").BuiltinOperator)
+    used = {op.opcodeIndex for graph in model.subgraphs for op in graph.operators or ()}
+    return sorted({op_name(model, index) for index in used})
+
+
+def op_name(model: Any, index: int) -> str:
+    """The name of an operator code of an unpacked model."""
+    operators = vars(extra("ai_edge_litert.schema_py_generated").BuiltinOperator)
     names = {code: name for name, code in operators.items() if isinstance(code, int)}
-    out = set()
-    for i in {op.opcodeIndex for graph in model.subgraphs for op in graph.operators or ()}:
-        kind = model.operatorCodes[i]
-        code = max(kind.builtinCode, kind.deprecatedBuiltinCode)  # small codes are written in the old field
-        out.add(f"CUSTOM {kind.customCode!r}" if kind.customCode else names.get(code, f"UNKNOWN {code}"))
-    return sorted(out)
+    kind = model.operatorCodes[index]
+    code = max(kind.builtinCode, kind.deprecatedBuiltinCode)  # small codes are written in the old field
+    return f"CUSTOM {kind.customCode!r}" if kind.customCode else names.get(code, f"UNKNOWN {code}")
 
 
 def ops(path: str | Path) -> list[str]:
@@ -253,10 +270,14 @@ def ops(path: str | Path) -> list[str]:
 def check_ops(path: str | Path, name: str | None = None) -> list[str]:
     """`ops(path)`, all of them with a kernel in the plain runtime; raises `ExportError` naming those that have none."""
     found = inspect(path, name).ops
-    bad = [o for o in found if _needs_more(o)]
-    if bad:
+    if bad := without_kernel(found):
         raise ExportError(f"{name or path}: operators without a kernel on phones: {', '.join(bad)}")
     return found
+
+
+def without_kernel(ops: Sequence[str]) -> list[str]:
+    """Those of the operators that the plain runtime does not have."""
+    return [op for op in ops if _needs_more(op)]
 
 
 def _needs_more(op: str) -> bool:
@@ -277,7 +298,7 @@ class Runner:
     def __init__(self, path: str | Path, threads: int | None = None):
         self.path = Path(path)
         self._expected = {k: inputs for k, (inputs, _) in inspect(self.path).signatures.items()}
-        interpreter = _extra("ai_edge_litert.interpreter").Interpreter
+        interpreter = extra("ai_edge_litert.interpreter").Interpreter
         try:
             self._interpreter = interpreter(model_path=str(self.path), num_threads=threads)
             self._runners = {name: self._interpreter.get_signature_runner(name) for name in self._expected}

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +79,10 @@ class Manifest:
     min_runtime: str  # of LiteRT, the newest that a part asks for
     vrc_scale: float = 1.0  # factor on predicted ratios, found by calibration
     parity: dict[str, float] = field(default_factory=dict)  # seam -> largest relative error against JAX
+    lowered: dict[str, float] = field(default_factory=dict)  # the same of the files before they got their integers
+    recipe: tuple[str, ...] = ()  # rules by which matrices are in 8 or 4 bits, as `quantize.parse` reads them
+    bits: dict[str, float] = field(default_factory=dict)  # part, and "layers" of the decoder -> bits a weight takes
+    source: str = ""  # the model it was made from, as it was called
     versions: dict[str, str] = field(default_factory=dict)  # tool -> version that wrote the folder
     format: int = FORMAT
 
@@ -113,8 +117,10 @@ def describe(
     tokenizer: str,
     parity: Mapping[str, float],
     vrc_scale: float = 1.0,
+    **more: Any,
 ) -> Manifest:
-    """The manifest of `directory` from its files: `parts` is part name -> file name, `tokenizer` a file name.
+    """The manifest of `directory` from its files: `parts` is part name -> file name, `tokenizer` a file name, `more`
+    what else is known.
 
     Raises `lower.ExportError` for a part that is not a whole `.tflite` file.
     """
@@ -129,6 +135,7 @@ def describe(
         vrc_scale=vrc_scale,
         parity={k: float(v) for k, v in parity.items()},
         versions=_versions(),
+        **more,
     )
 
 
@@ -187,7 +194,9 @@ def read(directory: str | Path) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ManifestError(f"{path}: not a manifest of format {FORMAT}; export again with this version")
     try:
-        tables = {k: _table(k, values.pop(k, None), kind) for k, kind in (("parity", float), ("versions", str))}
+        values = {"lowered": {}, "bits": {}} | values  # older ones have none
+        kinds = {"parity": float, "lowered": float, "bits": float, "versions": str}
+        tables = {k: _table(k, values.pop(k, None), kind) for k, kind in kinds.items()}
         return dataclasses.replace(from_dict(Manifest, values, "manifest"), **tables)
     except ConfigError as e:
         raise ManifestError(f"{path}: {e}; export again") from e
@@ -198,20 +207,31 @@ def check(directory: str | Path) -> Manifest:
 
     Raises `ManifestError` with one line about the first thing that is wrong.
     """
-    directory = Path(directory)
     manifest = read(directory)
+    for fault in faults(directory, manifest):
+        raise ManifestError(fault)
+    return manifest
+
+
+def faults(directory: str | Path, manifest: Manifest) -> Iterator[str]:
+    """How the files of a folder differ from its manifest, a line for each."""
+    directory = Path(directory)
+    of = {f.sha256: f.file for f in manifest.files}
     for f in manifest.files:
         path = directory / f.file
         if not path.is_file():
-            raise ManifestError(f"{path}: missing; export again")
-        if (size := path.stat().st_size) != f.bytes:
-            raise ManifestError(f"{path}: {size} bytes instead of {f.bytes}: truncated or replaced; export again")
-        if _sha256(path) != f.sha256:
-            raise ManifestError(f"{path}: not the file that was exported (its hash differs); export again")
+            yield f"{path}: missing; export again"
+            continue
+        size, found = path.stat().st_size, _sha256(path)
+        if found != f.sha256 and found in of:
+            yield f"{path}: this is {of[found]} under another name; put the files back or export again"
+        elif size != f.bytes:
+            yield f"{path}: {size} bytes instead of {f.bytes}: truncated or replaced; export again"
+        elif found != f.sha256:
+            yield f"{path}: not the file that was exported (its hash differs); export again"
     unknown = {p.name for p in directory.glob("*.tflite")} - {f.file for f in manifest.files}
     if unknown:
-        raise ManifestError(f"{directory}: {', '.join(sorted(unknown))} not in {NAME}; remove it or export again")
-    return manifest
+        yield f"{directory}: {', '.join(sorted(unknown))} not in {NAME}; remove it or export again"
 
 
 def _table(name: str, values: Any, kind: type) -> dict[str, Any]:

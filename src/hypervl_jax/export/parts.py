@@ -30,11 +30,13 @@ from tqdm import tqdm
 from hypervl_jax import plan, quantize, text
 from hypervl_jax.checkpoint import TOKENIZER, Model, replacing
 from hypervl_jax.config import BRANCHES, Branch, ModelConfig, ScreensConfig
-from hypervl_jax.export import lower, manifest, verify
+from hypervl_jax.export import lower, manifest, pack, verify
 from hypervl_jax.export.lower import ExportError, Signature
 from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
+from hypervl_jax.export.verify import Seam
 from hypervl_jax.model import hypervl, llm, vrc
+from hypervl_jax.quantize import Recipe
 from hypervl_jax.tokens import Tokenizer
 
 _f32, _i32 = jnp.float32, jnp.int32
@@ -72,17 +74,20 @@ def compressor(cfg: ModelConfig, params: dict) -> Part:
     )
 
 
-def encoder(cfg: ModelConfig, params: dict, branch: Branch) -> Part:
-    """One tile through a branch and its projector."""
+def encoder(cfg: ModelConfig, params: dict, branch: Branch, masked: bool = True) -> Part:
+    """One tile through a branch and its projector. Not `masked` there is no padding and no mask, and the signature is
+    called as LiteRT-LM wants it."""
     t, patches = cfg.policy.tile, cfg.policy.patches_per_side**2
 
-    def vision(p, images, mask):
-        return hypervl.encode_batch(_stacked(p), cfg, branch, images, mask > 0.5, scan=False)
+    def vision(p, images, mask=None):
+        seen = jnp.ones((1, patches), bool) if mask is None else mask > 0.5
+        return hypervl.encode_batch(_stacked(p), cfg, branch, images, seen, scan=False)
 
-    args = (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
-    return Part(
-        _unstacked({branch: params[branch]}), (Signature("vision", vision, args, ("images", "mask"), ("features",)),)
-    )
+    tree, args = _unstacked({branch: params[branch]}), (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
+    if masked:
+        return Part(tree, (Signature("vision", vision, args, ("images", "mask"), ("features",)),))
+    name = f"vision_{cfg.policy.tokens_per_tile}"
+    return Part(tree, (Signature(name, vision, args[:1], ("images",), ("features",)),))
 
 
 def embedder(cfg: ModelConfig, params: dict) -> Part:
@@ -188,22 +193,27 @@ def export(
     model: Model,
     out_dir: str | Path,
     *,
+    recipe: Recipe = (),
     prefill: Sequence[int] | None = None,
     cache: int | None = None,
     branches: Sequence[Branch] = BRANCHES,
     verify_images: Sequence[np.ndarray] | None = None,
+    source: str = "",
     progress: bool = True,
 ) -> Manifest:
     """Write `model` as `.tflite` files with tokenizer and manifest, compare each seam with JAX, then name it `out_dir`.
 
+    With a `recipe` matrices are in 8 and 4 bits, and the proof has two steps: the files with the floats that the
+    integers stand for, each seam within `verify.LIMIT`, and the files with the integers, which are JAX's bit by bit.
     `prefill` and `cache` are token counts (`lengths` if None). `verify_images` are pictures u8[H W 3] to compare on
-    (composed screens if None). An earlier export at `out_dir` is replaced, anything else there is left alone.
-    Raises `ExportError` for a seam further than `verify.LIMIT` from JAX, with the number, `ExportUnavailable` without
-    the converter, `ExportError` for weights in 8 or 4 bits. Whatever is raised, nothing of a failed export remains.
+    (composed screens if None). `source` is what the model is called. An earlier export at `out_dir` is replaced,
+    anything else there is left alone. Raises `ExportError` for a seam that is too far from JAX, with the number,
+    `ExportUnavailable` without the converter, `RecipeError` for a recipe that does not fit, `ExportError` for weights
+    that are in 8 or 4 bits already. Whatever is raised, nothing of a failed export remains.
     """
     lower.require()
     if quantize.is_quantized(model.params):
-        raise ExportError("weights in 8 or 4 bits are not exported; load the model as it is")
+        raise ExportError("weights in 8 or 4 bits are not exported; load the model as it is, and give a recipe")
     out = Path(out_dir).absolute()
     _check_free(out)
     defaults = lengths(model.config, model.tokenizer)
@@ -211,25 +221,64 @@ def export(
     if min(prefill) < 2 or max(prefill) > cache or not branches:
         raise ExportError(f"prefill lengths {list(prefill)} must lie in 2 .. cache = {cache}, and one branch be given")
     pictures = default_pictures(model.config) if verify_images is None else verify_images
-    parts = make(model.config, model.params, branches, prefill, cache)
-    with replacing(out) as work:
-        with tqdm(total=len(parts) + 1, desc="export", unit="part", disable=not progress) as bar:
-            for name, part in parts.items():
-                bar.set_postfix_str(name)
-                lower.to_tflite(work / f"{name}.tflite", part.params, part.signatures)
-                bar.update()
-            model.tokenizer.save(work / TOKENIZER)
-            files, scale = {name: f"{name}.tflite" for name in parts}, float(model.info.get("vrc_scale", 1.0))
-            manifest.write(work, manifest.describe(work, model.config, files, TOKENIZER, {}, scale))
-            bar.set_postfix_str("verify")
-            seams = verify.seams(model, Runtime(work), pictures)
-            bar.update()
+    params = quantize.quantize(model.params, recipe)
+    parts = make(model.config, params, branches, prefill, cache)
+    files = {name: f"{name}.tflite" for name in parts}
+    scale = float(model.info.get("vrc_scale", 1.0))
+
+    def described(work: Path, parity: Sequence[Seam] = (), **more: Any) -> Manifest:
+        errors = {s.name: s.error for s in parity}
+        return manifest.describe(work, model.config, files, TOKENIZER, errors, scale, source=source, **more)
+
+    def proved(work: Path, model: Model) -> list[Seam]:
+        bar.set_postfix_str("verify")
+        seams = prove(model, work, pictures)
         for seam in seams:
             if not seam.ok:
                 raise ExportError(f"{out}: not exported: {seam}")
-        done = manifest.describe(work, model.config, files, TOKENIZER, {s.name: s.error for s in seams}, scale)
+        bar.update()
+        return seams
+
+    total = (len(parts) + 1) * (2 if recipe else 1)
+    with replacing(out) as work, tqdm(total=total, desc="export", unit="part", disable=not progress) as bar:
+        for name, part in parts.items():
+            bar.set_postfix_str(name)
+            lower.to_tflite(work / files[name], quantize.restored(part.params), part.signatures)
+            bar.update()
+        model.tokenizer.save(work / TOKENIZER)
+        manifest.write(work, described(work))
+        seams = proved(work, model._replace(params=quantize.restored(params)))
+        more: dict[str, Any] = {"bits": _bits(parts), "recipe": tuple(map(str, recipe))}
+        if recipe:
+            for name, part in parts.items():
+                bar.set_postfix_str(f"{name} integers")
+                pack.pack(work / files[name], quantize.matrices(part.params))
+                bar.update()
+            more["lowered"] = {s.name: s.error for s in seams}
+            manifest.write(work, described(work, **more))
+            seams = proved(work, model)
+        done = described(work, seams, **more)
         manifest.write(work, done)
     return done
+
+
+def prove(model: Model, directory: str | Path, pictures: Sequence[np.ndarray] | None = None) -> list[Seam]:
+    """The proof of an exported folder, again: integers bit by bit, then every seam on `pictures` (composed screens if
+    None). Raises `ManifestError` for a folder that is not whole, `ExportError` for one of another model."""
+    files = Runtime(directory)
+    m = files.manifest
+    if m.model != model.config:
+        raise ExportError(f"{directory}: made from a model of other settings; give the one it was made from")
+    params = quantize.quantize(model.params, quantize.parse(m.recipe))
+    for name, part in make(model.config, params, files.branches, files.buckets, files.cache_length).items():
+        pack.compare(files.directory / m.part(name).file.file, quantize.matrices(part.params))
+    reference = model._replace(params=quantize.restored(params))
+    return verify.seams(reference, files, default_pictures(model.config) if pictures is None else pictures)
+
+
+def _bits(parts: dict[str, Part]) -> dict[str, float]:
+    bits = {name: quantize.bits_per_weight(part.params) for name, part in parts.items()}
+    return bits | {"layers": quantize.bits_per_weight(parts["decoder"].params["blocks"])}
 
 
 def default_pictures(cfg: ModelConfig, n: int = 3) -> list[np.ndarray]:

@@ -56,7 +56,7 @@ class Runtime:
         self.manifest = manifest.check(directory)
         self.config = self.manifest.model
         try:
-            self.buckets, self._cache = _check(self.manifest)
+            self.buckets, self._cache = fit(self.manifest)
         except ManifestError as e:
             raise ManifestError(f"{self.directory / manifest.NAME}: {e}; export again") from e
         self.cache_length = next(iter(self._cache.values()))[2]
@@ -213,7 +213,7 @@ class Runtime:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _check(m: Manifest) -> tuple[list[int], dict[str, tuple[int, ...]]]:
+def fit(m: Manifest) -> tuple[list[int], dict[str, tuple[int, ...]]]:
     """(prefill lengths, shape of each cache). Raises `ManifestError` where parts are missing or their shapes are not
     those of the manifest's model."""
     c, policy, side = m.model.llm, m.model.policy, m.model.vrc.side

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hypervl_jax.quantize import GROUP, Quantized, dequantize, halves
+from hypervl_jax.quantize import Quantized, dequantize, halves
 
 
 class Adapted(NamedTuple):
@@ -152,10 +152,10 @@ def _blocks(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
     def product(w: Quantized) -> Array:
         if w.bits == 8:
             return jax.lax.dot_general(x, w.q.astype(jnp.float32), _NT) * w.scale[:, 0]
-        sides, scale = x.reshape(-1, inputs // GROUP, 2, GROUP // 2), w.scale[..., None].astype(jnp.float32)
+        sides, scale = x.reshape(-1, inputs // w.group, 2, w.group // 2), w.scale[..., None].astype(jnp.float32)
         low, high = (
             jax.lax.dot_general(sides[:, :, n].reshape(len(x), -1), (half * scale).reshape(len(half), -1), _NT)
-            for n, half in enumerate(halves(w.q))
+            for n, half in enumerate(halves(w))
         )
         return low + high
 
