@@ -266,8 +266,8 @@ def test_the_weights_that_ship_answer_the_same_in_8_bits():
     questions = ("what is the number?", "what is at the top left?", "how many things are there?")
     said = {}
     for kind in ("float32", "int8"):
-        chat = Chat(checkpoint.load_model("nano", kind), max_tokens=16)
-        said[kind] = ["".join(chat.ask(picture if i == 0 else (), q)) for i, q in enumerate(questions)]
+        model = checkpoint.load_model("nano", kind)
+        said[kind] = ["".join(Chat(model, max_tokens=16).ask(picture, q)) for q in questions]
     assert said["int8"] == said["float32"]
     assert all(said["float32"])
 

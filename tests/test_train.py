@@ -94,15 +94,20 @@ class PowerCut(Exception):
 
 def test_two_steps_saved_and_two_resumed_are_four_bit_for_bit(whole, run, cfg, tmp_path, monkeypatch):
     """The run dies in its third step, after the checkpoint of the second."""
-    job_at = train.job_at
+    compiled = train.compiled
 
-    def dies(cfg, step):
-        if step == 2:
-            raise PowerCut
-        return job_at(cfg, step)
+    def dies(cfg):
+        step = compiled(cfg)
+
+        def takes(state, batch, job):
+            if int(state.step) == 2:
+                raise PowerCut
+            return step(state, batch, job)
+
+        return takes
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "job_at", dies)
+        patched.setattr(train, "compiled", dies)
         with pytest.raises(PowerCut):
             run(tmp_path)
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() == 2
