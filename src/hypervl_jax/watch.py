@@ -206,8 +206,8 @@ def step_flops(cfg: Config, branches: tuple[Branch, ...], stage0: bool, batch: B
     utilisation is taken of (PaLM, appendix B). `learns` are paths of parameters that do: behind the first of them a
     gradient costs as much as the forward pass, and its own gradient once more."""
     groups = {".".join(path.split(".")[: 2 if path.split(".")[0] in BRANCHES else 1]) for path in learns}
-    (b, n), l = np.shape(batch.tiles)[:2], np.shape(batch.ids)[1]
-    decoder = b * (cost.llm_flops(cfg.llm, l) + 2 * l * cfg.llm.width * cfg.llm.vocab)
+    (b, n), l, llm = np.shape(batch.tiles)[:2], np.shape(batch.ids)[1], cfg.model.llm
+    decoder = b * (cost.llm_flops(llm, l) + 2 * l * llm.width * llm.vocab)
 
     def encoder(branch: Branch, teaches: bool = False) -> int:
         vit, projector = cost.tile_flops(cfg.model, branch)
