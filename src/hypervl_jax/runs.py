@@ -16,6 +16,7 @@ from hypervl_jax import __version__, checkpoint, config
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Config, ConfigError
 
+FREE = ("train.log_every", "train.save_every", "train.keep", "train.skips")  # what a run computes has none of them
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -54,7 +55,8 @@ def same_config(path: Path, cfg: Config) -> None:
     if not path.exists():
         write(path, config.to_dict(cfg))
         return
-    if other := config.differences(_known(read(path)), config.to_dict(cfg)):
+    was, now = (_without(values, FREE) for values in (_known(read(path)), config.to_dict(cfg)))
+    if other := config.differences(was, now):
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({some(other)}): choose another --out or delete it"
         )
@@ -93,12 +95,24 @@ def same_run(path: Path, cfg: Config, about: dict[str, Any]) -> None:
         raise TrainError(str(e)) from e
     was = dict(found) if isinstance(found, dict) else {}
     was["config"] = _known(was.get("config"))
-    with contextlib.suppress(TypeError, KeyError):
-        was["config"]["train"]["steps"], was["config"]["vrc"] = now["config"]["train"]["steps"], now["config"]["vrc"]
+    for values in (was, now):
+        values["config"] = _without(values["config"], (*FREE, "train.steps", "vrc"))
     if other := config.differences(was, now):
         raise TrainError(
             f"{path} is of a run with other settings ({some(other)}): continue it with those, or choose another --out"
         )
+
+
+def _without(values: Any, paths: Sequence[str]) -> Any:
+    """A config as `to_dict` gives it, less some tables or settings of tables."""
+    if not isinstance(values, dict):
+        return values
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for path in paths:
+        table, _, name = path.rpartition(".")
+        if isinstance(at := out.get(table) if table else out, dict):
+            at.pop(name, None)
+    return out
 
 
 def _known(values: Any) -> Any:

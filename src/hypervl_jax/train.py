@@ -326,7 +326,8 @@ def run(cfg: Config, feed: Feed, out: Path | str, watch: Watch = PLAIN, start: d
                     path = save_batch(out / f"not-finite-{step}.npz", step, batch, feed.shown(step))
                     raise TrainError(
                         f"step {step}: loss or gradient is not finite, in {len(guard.steps)} of the last {WINDOW} "
-                        f"steps; look at its batch, {path} (watch.load_batch), or resume with a lower train.lr"
+                        f"steps; look at its batch, {path} (watch.load_batch), raise train.skips, or begin anew with "
+                        "a lower train.lr"
                     )
             else:
                 shown |= {k: v for k, v in values.items() if k not in ("lr", "grad_norm")}

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -33,6 +33,7 @@ class Example(NamedTuple):
         return " ".join(p["text"] for p in self.messages[-1]["content"] if p["type"] == "text").strip()
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Batches of every step of a run."""
 
