@@ -229,18 +229,20 @@ class Checkpoints:
     def about(self, step: int) -> dict[str, Any]:
         """What was told of a checkpoint; empty of one that an older version has written. Raises `CheckpointError` where
         that is damaged."""
+        path = self.path / str(step) / "_CHECKPOINT_METADATA"
         try:
-            found = json.loads((self.path / str(step) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] or {}
+            found = json.loads(path.read_text())["custom_metadata"] or {}
             if found and found != _sealed({k: v for k, v in found.items() if k != "seal"}):
                 raise ValueError("does not match its seal")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise CheckpointError(f"{self.path / str(step)}: _CHECKPOINT_METADATA is damaged ({e})") from e
+            raise CheckpointError(f"{path.name}: {e}") from e
         return found
 
     def restore(self, like: Any) -> Any:
         """The latest state that is whole, in the shapes, dtypes and places of `like`; where it says no place, on the
         first device, wherever the state was written. Damaged ones that are younger are told of on stderr and set aside.
         Raises `CheckpointError` if it does not fit or if none is whole."""
+        self._manager.wait_until_finished()
         if self.latest() is None:
             raise CheckpointError(f"{self.path}: no checkpoint to resume from")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -357,7 +359,8 @@ def _sealed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    line = (str(e).splitlines() or [""])[0]
+    return line if isinstance(e, CheckpointError) else f"{type(e).__name__}: {line}"
 
 
 def _unwritten(path: Path, e: Exception) -> CheckpointError:
