@@ -30,7 +30,7 @@ from common import Bar, arguments, finish
 from PIL import Image
 
 from hypervl_jax import presets
-from hypervl_jax.config import Config
+from hypervl_jax.config import Config, Rule
 from hypervl_jax.data.conversations import Conversation, Picture
 
 STEPS, SAVE = 48, 4
@@ -41,13 +41,19 @@ PRELOAD = ["jax", "optax", "orbax.checkpoint", "grain.python", "hypervl_jax.trai
 
 
 def settings(steps: int = STEPS) -> Config:
-    """One program: both branches every step, next token alone, in two micro-batches."""
+    """One program, and a small one: both branches every step, next token alone, one layer of everything, encoders and
+    layers of the decoder stand still."""
     cfg = presets.tiny()
+    m = cfg.model
+    parts = {part: replace(getattr(m, part), depth=1) for part in ("base", "large", "llm")}
+    rules = (Rule(r".*\.vit\..*|llm\.blocks\..*|names_.*", 0.0), Rule(r".*"))
     how = replace(
-        cfg.train, steps=steps, stage0_steps=0, name_weight=0.0, save_every=SAVE, accumulate=2, optimizer="adamw"
-    )
+        cfg.train, steps=steps, stage0_steps=0, name_weight=0.0, save_every=SAVE, accumulate=2, optimizer="adamw",
+        rules=rules, scan=False,
+    )  # fmt: skip
     data = replace(cfg.data, batch=2, tile_buckets=(4,), lengths=(64,))
-    return replace(cfg, name="resume", data=data, train=how, dcl=replace(cfg.dcl, weight=0.0, schedule="joint"))
+    dcl = replace(cfg.dcl, weight=0.0, schedule="joint")
+    return replace(cfg, name="resume", model=replace(m, **parts), data=data, train=how, dcl=dcl)
 
 
 class Records(NamedTuple):
