@@ -112,12 +112,16 @@ def worker(out: str, steps: int, pace: float, cache: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     from hypervl_jax import tokens, train
     from hypervl_jax.data import feeds
-    from hypervl_jax.watch import QUIET
+    from hypervl_jax.watch import QUIET, Stopped
 
     source, cfg = records(), settings(steps)
     tokenizer = tokens.train_tokenizer(list(feeds.texts([source])) * 2)
     feed = Audited(feeds.Conversations(cfg, [source], tokenizer, progress=False), Path(out) / "seen.jsonl", pace)
-    state = train.run(cfg, feed, Path(out) / "run", QUIET)
+    try:
+        state = train.run(cfg, feed, Path(out) / "run", QUIET)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
     part = Path(out) / "done.part"
     part.write_text(digest.hexdigest())

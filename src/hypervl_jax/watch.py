@@ -138,7 +138,7 @@ def save_batch(path: Path, step: int, batch: Batch, shown: list[str]) -> Path:
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         arrays = {k: np.asarray(v) for k, v in batch._asdict().items()}
-        np.savez(file, step=step, shown=np.array(shown), **arrays)
+        np.savez(file, step=step, shown=np.array(shown), **arrays)  # type: ignore  # its own names are none of these
     os.replace(part, path)
     return path
 
