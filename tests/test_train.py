@@ -168,7 +168,7 @@ class Spoilt:
             yield batch._replace(weights=batch.weights * np.nan) if step == self.at else batch
 
 
-def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(run, cfg, tmp_path, monkeypatch):
     fresh = train.init_state
 
     def poisoned(*how):
@@ -178,30 +178,35 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(train, "init_state", poisoned)
     with pytest.raises(CheckpointError, match=r"2: not finite: params\.large\.vit\.norm\.bias; it is not written"):
-        run(tmp_path)
+        run(tmp_path, replace(cfg, train=replace(cfg.train, skips=9)))
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() is None
 
 
-def test_a_step_that_is_not_finite_moves_nothing_but_its_count(cfg, whole, sheet):
+@pytest.fixture(scope="module")
+def lenient(cfg):
+    return replace(cfg, train=replace(cfg.train, skips=1))
+
+
+def test_a_step_that_is_not_finite_moves_nothing_but_its_count(lenient, whole, sheet):
     start = jax.tree.map(np.asarray, whole[1])
     spoilt = sheet._replace(weights=sheet.weights * np.nan)
-    after, metrics = train.compiled(cfg)(jax.device_put(start, jax.devices()[0]), spoilt, NAMES)
+    after, metrics = train.compiled(lenient)(jax.device_put(start, jax.devices()[0]), spoilt, NAMES)
     assert not np.isfinite(float(metrics["grad_norm"]))
     assert equal(after.params, start.params)
     assert equal(after.opt, start.opt)
     assert int(after.step) == int(start.step) + 1
 
 
-def test_a_guarded_step_is_the_step_bit_for_bit(cfg, whole, sheet, step):
-    before, after, metrics = step(NAMES)
-    bare = jax.jit(train.train_step, static_argnums=(2, 3))
-    want, parts = bare(jax.device_put(before, jax.devices()[0]), sheet, cfg, NAMES)
-    assert equal(after, want)
-    assert metrics == {k: float(v) for k, v in parts.items()}
+def test_a_guarded_step_is_the_step(lenient, step):
+    """But for rounding, which is why steps are not guarded unless asked: runs that exist go on bit for bit."""
+    _, want, parts = step(NAMES)
+    _, after, metrics = step(NAMES, lenient)
+    close(after.params, want.params)
+    assert metrics == pytest.approx(parts, rel=1e-5)
 
 
-def test_a_step_that_is_not_finite_is_passed_over_and_said(run, tmp_path, capsys):
-    state = run(tmp_path, change=lambda feed: Spoilt(feed, 0))
+def test_a_step_that_is_not_finite_is_passed_over_and_said(run, lenient, tmp_path, capsys):
+    state = run(tmp_path, lenient, change=lambda feed: Spoilt(feed, 0))
     assert int(state.step) == 4
     first, *rest = [json.loads(s, parse_constant=pytest.fail) for s in (tmp_path / "log.jsonl").open()]
     assert first["skipped"] is True
@@ -211,9 +216,9 @@ def test_a_step_that_is_not_finite_is_passed_over_and_said(run, tmp_path, capsys
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_leave_the_batch(run, cfg, sheet, tmp_path):
-    strict = replace(cfg, train=replace(cfg.train, skips=0))
+    assert cfg.train.skips == 0
     with pytest.raises(TrainError, match=r"step 0: .* in 1 of the last 100 steps; .*not-finite-0\.npz"):
-        run(tmp_path, strict, change=lambda feed: Spoilt(feed, 0))
+        run(tmp_path, change=lambda feed: Spoilt(feed, 0))
     at, batch, shown = watch.load_batch(tmp_path / "not-finite-0.npz")
     assert at == 0
     assert np.isnan(batch.weights).any()

@@ -302,7 +302,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     keep: int = 2  # checkpoints, the last ones; the one of least loss stays as well
-    skips: int = 5  # of any 100 steps, how many may be passed over for a loss or a gradient that is not finite
+    skips: int = 0  # of any 100 steps, how many may be passed over for a loss or a gradient that is not finite
 
     def __post_init__(self):
         _positive(self, "steps", "accumulate", "log_every", "save_every", "keep")

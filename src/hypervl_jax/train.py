@@ -260,7 +260,8 @@ def train_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State
 
 
 def guarded_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State, dict[str, Array]]:
-    """`train_step`, but where the loss or a gradient is not finite only the step counts and nothing moves."""
+    """`train_step`, but where the loss or a gradient is not finite only the step counts and nothing moves. Where they
+    are, the same but for rounding: the compiler fuses the choice with the update."""
     after, metrics = train_step(state, batch, cfg, job)
     fine = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
 
@@ -273,8 +274,8 @@ def guarded_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[Sta
 
 @functools.lru_cache(maxsize=4)
 def compiled(cfg: Config) -> Callable[[State, Batch, Job], tuple[State, dict[str, Array]]]:
-    """`guarded_step` jitted for one config; the state is donated."""
-    step = jax.jit(guarded_step, static_argnums=(2, 3), donate_argnums=0)
+    """`train_step`, or with `cfg.train.skips` `guarded_step`, jitted for one config; the state is donated."""
+    step = jax.jit(guarded_step if cfg.train.skips else train_step, static_argnums=(2, 3), donate_argnums=0)
     return lambda state, batch, job: step(state, batch, cfg, job)
 
 
@@ -321,7 +322,7 @@ def run(cfg: Config, feed: Feed, out: Path | str, watch: Watch = PLAIN, start: d
             told = {k: v for k, v in values.items() if k not in bad} | {"tokens": tokens}
             log.write(step, told | ({"skipped": True} if bad else {}))
             if bad:
-                note(f"step {step}: {', '.join(bad)} not finite; it is passed over, nothing has moved")
+                note(f"step {step}: {', '.join(bad)} not finite")
                 if guard.too_many(step):
                     path = save_batch(out / f"not-finite-{step}.npz", step, batch, feed.shown(step))
                     raise TrainError(
