@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hypervl_jax import checkpoint, cli, config, finetune, tensors, train, watch
-from hypervl_jax.config import ConfigError
+from hypervl_jax.config import ConfigError, Rule
 from hypervl_jax.runs import TrainError
 
 pytest.importorskip("tensorflow_datasets", reason="needs the train extra")
@@ -41,11 +41,19 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cfg(tiny_config):
+def tiny(tiny_config):
     """Two steps in one program."""
-    how = replace(tiny_config.train, steps=2, save_every=1, log_every=1, optimizer="adamw")
+    how = replace(tiny_config.train, steps=2, save_every=1, log_every=1, optimizer="adamw", scan=False)
     shapes = replace(tiny_config.data, batch=2, tile_buckets=(4,), lengths=(96,))
     return replace(tiny_config, train=how, data=shapes, dcl=replace(tiny_config.dcl, schedule="joint", weight=0.0))
+
+
+@pytest.fixture(scope="module")
+def cfg(tiny):
+    """The same of one layer, of which little learns: quick to compile."""
+    parts = {part: replace(getattr(tiny.model, part), depth=1) for part in ("base", "large", "llm")}
+    rules = (Rule(r".*\.vit\..*|llm\.blocks\..*|names_.*", 0.0), Rule(r".*"))
+    return replace(tiny, model=replace(tiny.model, **parts), train=replace(tiny.train, rules=rules))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,7 @@ def test_other_data_or_settings_are_refused(made, cfg, tmp_path):
         finetune.make_model(replace(cfg, train=replace(cfg.train, lr=0.5)), other, out, how=watch.QUIET)
 
 
-def test_it_begins_with_the_model_it_is_given(cfg, data, tiny_folder, tiny_model, tmp_path, monkeypatch):
+def test_it_begins_with_the_model_it_is_given(tiny, data, tiny_folder, tiny_model, tmp_path, monkeypatch):
     """Its words and its VRC stay."""
     seen = []
 
@@ -99,14 +107,14 @@ def test_it_begins_with_the_model_it_is_given(cfg, data, tiny_folder, tiny_model
         return train.State(0, {k: start[k] for k in ("base", "large", "llm")}, {})
 
     monkeypatch.setattr(train, "run", run)
-    model = finetune.make_model(cfg, data, tmp_path / "out", tiny_folder, how=watch.QUIET)
+    model = finetune.make_model(tiny, data, tmp_path / "out", tiny_folder, how=watch.QUIET)
     assert seen == [(tiny_model.tokenizer.encode("what is this? 37"), True)]
     assert model.info["vrc_scale"] == tiny_model.info["vrc_scale"]
     old = tensors.flatten(tiny_model.params["vrc"])
     for path, leaf in tensors.flatten(model.params["vrc"]).items():
         np.testing.assert_array_equal(leaf, np.asarray(old[path]).astype(np.float16).astype(np.float32), path)
     with pytest.raises(ConfigError, match=r"began from .*model: give that as --start"):
-        finetune.make_model(cfg, data, tmp_path / "out", how=watch.QUIET)
+        finetune.make_model(tiny, data, tmp_path / "out", how=watch.QUIET)
 
 
 def test_the_verb(data, tmp_path, monkeypatch, capsys):
@@ -153,9 +161,9 @@ def test_told_to_stop_the_command_says_so_with_a_code_of_its_own(tmp_path, monke
     assert capsys.readouterr().err == "hypervl: runs/x: SIGTERM at step 3 of 9; it is saved, the same command goes on\n"
 
 
-def test_a_model_of_the_folder_is_checked_before_the_data(cfg, tiny_folder, tmp_path):
-    other = replace(cfg, model=replace(cfg.model, llm=replace(cfg.model.llm, mlp=64)))
+def test_a_model_of_the_folder_is_checked_before_the_data(tiny, tiny_folder, tmp_path):
+    other = replace(tiny, model=replace(tiny.model, llm=replace(tiny.model.llm, mlp=64)))
     with pytest.raises(ConfigError, match="its llm differ from those of config tiny"):
         finetune.make_model(other, tmp_path / "none", tmp_path / "out", tiny_folder)
     assert not (tmp_path / "out").exists()
-    assert checkpoint.load_config(tiny_folder) == cfg.model
+    assert checkpoint.load_config(tiny_folder) == tiny.model
