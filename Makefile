@@ -54,7 +54,7 @@ typecheck: $(STAMP) ## pyright on src
 	$(BIN)/pyright
 
 bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
-	@status=0; for f in tiling_memory load_memory losses inference nano export vrc "dcl --ablate-names"; do set -- $$f; \
+	@status=0; for f in tiling_memory load_memory losses resume inference nano export vrc "dcl --ablate-names"; do set -- $$f; \
 		$(BIN)/python benchmarks/$$1.py $${@:2} || status=1; done; exit $$status
 
 bench-gpu: $(STAMP) ## speed on a GPU at the paper's sizes, beside transformers where torch is; says so where there is no GPU

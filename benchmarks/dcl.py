@@ -34,7 +34,7 @@ from hypervl_jax import checkpoint, evaluate, presets, quickstart, train
 from hypervl_jax import judge as judging
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
-from hypervl_jax.data import tfds_builders
+from hypervl_jax.data import feeds, tfds_builders
 from hypervl_jax.data.screens import Screen
 
 ON, OFF, NAMELESS = "kl", "plain", "nameless"
@@ -84,8 +84,8 @@ class Lab(NamedTuple):
 
     def run(self, cfg: Config, name: str) -> dict:
         """Trains to the end under the name; returns the weights."""
-        rest = self.train, self.sheets, self.tokenizer, self.classes
-        return train.run(cfg, *rest, self.path / name).params
+        feed = feeds.Screens(cfg, self.train, self.sheets, self.tokenizer, self.classes)
+        return train.run(cfg, feed, self.path / name).params
 
     def trained(self, name: str, seed: int) -> Model:
         """The model of one arm and seed. Resumes, and shares stage 0."""

@@ -294,6 +294,125 @@ def test_a_state_comes_back_on_this_machines_device_wherever_it_was_written(tmp_
     jax.tree.map(np.testing.assert_array_equal, got, pair(2))
 
 
+def test_what_is_told_of_a_checkpoint_comes_back_and_the_best_stays(tmp_path):
+    ckpts = Checkpoints(tmp_path, keep=1)
+    for step, loss in ((1, 3.0), (2, 1.0 / 3), (3, 2.0), (4, 0.5)):
+        ckpts.save(step, pair(step), {"loss": loss, "seed": 7})
+    ckpts.save(5, pair(5))  # one without a loss is not the best
+    assert (ckpts.best(), ckpts.latest()) == (2, 5)
+    ckpts.close()
+    again = Checkpoints(tmp_path, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["2", "5"]
+    assert again.best() == 2
+    assert {k: v for k, v in again.about(2).items() if k not in ("sums", "seal")} == {"loss": 1.0 / 3, "seed": 7}
+    again.save(6, pair(6), {"loss": 0.25})
+    again.close()
+    assert Checkpoints(tmp_path).best() == 6
+
+
+def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
+    """It is written while the next steps are given its buffers."""
+    step = jax.jit(lambda s: jax.tree.map(lambda a: a * 2 + 1, s), donate_argnums=0)
+    ckpts, state, want = Checkpoints(tmp_path, keep=5), pair(1, 100_000), {}
+    for n in range(1, 5):
+        want[n] = jax.tree.map(np.array, state)
+        ckpts.save(n, state)
+        for _ in range(3):
+            state = step(state)
+    ckpts.close()
+    again = Checkpoints(tmp_path, keep=5)
+    for n in range(1, 5):
+        jax.tree.map(np.testing.assert_array_equal, again._read(n, pair(0, 100_000)), want[n])
+    again.close()
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    ckpts = Checkpoints(tmp_path)
+    ckpts.save(1, pair(1))
+    bad = pair(2)._replace(params={"a": {"w": jnp.array([1.0, jnp.inf, 0.0])}})
+    with pytest.raises(CheckpointError, match=r"2: not finite: params\.a\.w; it is not written"):
+        ckpts.save(2, bad)
+    ckpts.close()
+    assert [p.name for p in tmp_path.iterdir() if p.name.isdigit()] == ["1"]
+
+
+def test_sums_tell_any_bit_from_any_other_and_know_no_devices():
+    rng = np.random.default_rng(0)
+    a = {"a": rng.normal(size=(8, 6)).astype(np.float32), "b": rng.integers(0, 9, 24).astype(np.int32)}
+    a |= {"c": jnp.asarray(rng.normal(size=(3, 4)), jnp.bfloat16), "d": np.array([True, False]), "e": np.int32(3)}
+    sums = {k: np.asarray(v) for k, (v, _) in checkpoint._survey(a).items()}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    spread = jax.device_put(a["a"], jax.NamedSharding(mesh, jax.P("x", "y")))
+    np.testing.assert_array_equal(checkpoint._survey({"a": spread})["a"][0], sums["a"])
+    flipped = a["a"].copy()
+    for _ in range(40):
+        flipped.view(np.uint32)[rng.integers(8), rng.integers(6)] ^= np.uint32(1) << rng.integers(32, dtype=np.uint32)
+        now = np.asarray(checkpoint._survey({"a": flipped})["a"][0])
+        assert (now != sums["a"]).all() or (flipped == a["a"]).all()
+    swapped = a["a"][::-1].copy()
+    assert (np.asarray(checkpoint._survey({"a": swapped})["a"][0]) != sums["a"]).any()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves readers behind
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(damage, tmp_path, capsys):
+    """File by file: it is told of and the one before it is used, or what was damaged did not matter."""
+    ckpts = Checkpoints(tmp_path / "c", keep=2)
+    ckpts.save(2, pair(2, 4_000), {"loss": 2.0})
+    ckpts.save(4, pair(4, 4_000), {"loss": 1.0})
+    ckpts.close()
+    files = sorted(p.relative_to(tmp_path / "c") for p in (tmp_path / "c" / "4").rglob("*") if p.is_file())
+    told = 0
+    for n, file in enumerate(files):
+        shutil.copytree(tmp_path / "c", here := tmp_path / f"{n}")
+        data = bytearray((here / file).read_bytes())
+        if damage == "gone":
+            (here / file).unlink()
+        else:
+            data[len(data) // 2 : len(data) // 2 + 1] = b"" if not data else bytes([data[len(data) // 2] ^ 4])
+            (here / file).write_bytes(data if damage == "flip" else data[: len(data) // 2])
+        again = Checkpoints(here, keep=2)
+        got = again.restore(pair(0, 4_000))
+        said = capsys.readouterr().err
+        step = int(got.step)
+        jax.tree.map(np.testing.assert_array_equal, got, pair(step, 4_000))
+        if step == 2:
+            told += 1
+            assert f"{here / '4'}: damaged (" in said
+            assert "now damaged-4; going on from step 2" in said
+            assert (again.latest(), (here / "damaged-4").is_dir()) == (2, True)
+            again.save(4, pair(4, 4_000))  # what is gone on with comes there again
+        else:
+            assert said == ""
+        again.close()
+    assert told >= 2
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_moved(tmp_path):
+    ckpts = Checkpoints(tmp_path, keep=2)
+    ckpts.save(2, pair(2))
+    ckpts.save(4, pair(4))
+    ckpts.close()
+    for file in tmp_path.rglob("_CHECKPOINT_METADATA"):
+        file.write_text(file.read_text().replace("sums", "sumo"))
+    again = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(CheckpointError, match=r"4: cannot be resumed .*seal.*so are 1 more, and none is whole"):
+        again.restore(pair(0))
+    again.close()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["2", "4"]
+
+
+def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
+    """They were written without a word about them."""
+    ckpts = Checkpoints(tmp_path)
+    ckpts._manager.save(2, args=ckpts._ocp.args.StandardSave(pair(2)))
+    ckpts.close()
+    again = Checkpoints(tmp_path)
+    assert again.about(2) == {}
+    jax.tree.map(np.testing.assert_array_equal, again.restore(pair(0)), pair(2))
+    again.close()
+
+
 @pytest.mark.skipif(checkpoint.fcntl is None, reason="no locks here")
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
     first = Checkpoints(tmp_path)

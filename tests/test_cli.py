@@ -549,7 +549,7 @@ def test_the_launchers_example_is_a_command(monkeypatch):
 
     root, seen = Path(__file__).parents[1], []
     monkeypatch.chdir(root)
-    monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
+    monkeypatch.setattr(quickstart, "make_model", lambda *a, watch: seen.append(a))
     (example,) = [li for li in (root / "launch/local.sh").read_text().splitlines() if li.startswith("#   launch/")]
     cli.main(example.split()[2:])
     assert seen == [(presets.tiny(), Path("runs/tiny"), None)]
@@ -625,7 +625,7 @@ def test_train_makes_a_model_and_says_what_next(tmp_path, monkeypatch, capsys):
     from hypervl_jax import quickstart
 
     seen = []
-    monkeypatch.setattr(quickstart, "make_model", lambda *a: seen.append(a))
+    monkeypatch.setattr(quickstart, "make_model", lambda *a, watch: seen.append(a))
     cli.main(["train", "tiny", "--out", str(tmp_path), "--steps", "4"])
     cli.main(["train", "tiny", "--out", str(tmp_path), "--start", "before/model"])
     assert seen == [(presets.tiny(), tmp_path, None), (presets.tiny(), tmp_path, Path("before/model"))]
@@ -671,7 +671,7 @@ def test_an_error_nobody_expected_is_one_line_with_the_way_to_more(tiny_picture,
 def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch, fails):
     from hypervl_jax import quickstart
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "model"))
 
     monkeypatch.setattr(quickstart, "make_model", full)
@@ -682,7 +682,7 @@ def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch, fails):
 def test_interrupted_says_that_work_is_kept(tmp_path, monkeypatch, capsys):
     from hypervl_jax import quickstart
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quickstart, "make_model", stop)

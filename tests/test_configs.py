@@ -10,7 +10,9 @@ import pytest
 from hypervl_jax import config, needs, optim, plan, quickstart, text, train
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
+from hypervl_jax.data import feeds
 from hypervl_jax.tensors import flatten
+from hypervl_jax.watch import QUIET
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 STAGES = ("stage1_align", "stage2_pretrain", "stage3_dcl")
@@ -64,7 +66,7 @@ def test_the_twins_train_one_after_another(tiny, tiny_source, tiny_sheets, tiny_
         cfg = tiny(name)
         assert cfg.name == name
         before = train.init_state(cfg, len(tiny_classes), params).params
-        state = train.run(cfg, *words, tmp_path / name, progress=False, start=params)
+        state = train.run(cfg, feeds.Screens(cfg, *words), tmp_path / name, QUIET, params)
         params = jax.tree.map(np.asarray, state.params)
         old = {k: np.asarray(v) for k, v in flatten(before).items()}
         moved = {k for k, v in flatten(params).items() if (v != old[k]).any()}

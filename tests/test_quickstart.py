@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hypervl_jax import compress, config, evaluate, judge, quickstart, train
+from hypervl_jax import compress, config, evaluate, judge, quickstart, runs, train
 from hypervl_jax.config import ConfigError
 from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.quickstart import Stages
@@ -20,14 +20,14 @@ def test_a_run_goes_on_under_settings_that_came_later_if_they_have_their_default
     path, values = tmp_path / "config.json", config.to_dict(tiny_config)
     del values["model"]["llm"]["qk_norm"]
     path.write_text(json.dumps(values))
-    quickstart._same_config(path, tiny_config)
+    runs.same_config(path, tiny_config)
     llm = replace(tiny_config.model.llm, qk_norm=False)
     for other in (replace(tiny_config, name="x"), replace(tiny_config, model=replace(tiny_config.model, llm=llm))):
         with pytest.raises(ConfigError, match="other settings"):
-            quickstart._same_config(path, other)
+            runs.same_config(path, other)
     path.write_text(json.dumps(values | {"unknown": 1}))
     with pytest.raises(ConfigError, match="other settings"):
-        quickstart._same_config(path, tiny_config)
+        runs.same_config(path, tiny_config)
 
 
 def test_what_vrc_learns_from_may_change_until_it_has(tiny_config, tmp_path):
@@ -36,16 +36,16 @@ def test_what_vrc_learns_from_may_change_until_it_has(tiny_config, tmp_path):
     coarser = replace(tiny_config, vrc=replace(vrc, ratios=(0.5, 1.0)))
     stages.mkdir()
     for cfg in (tiny_config, coarser, longer):
-        quickstart._same_config(path, cfg)
+        runs.same_config(path, cfg)
         assert json.loads(path.read_text()) == json.loads(json.dumps(config.to_dict(cfg)))
     (stages / "labels.json").touch()
     with pytest.raises(ConfigError, match="other settings"):
-        quickstart._same_config(path, coarser)
-    quickstart._same_config(path, tiny_config)
+        runs.same_config(path, coarser)
+    runs.same_config(path, tiny_config)
     (stages / "vrc.json").touch()
     with pytest.raises(ConfigError, match="other settings"):
-        quickstart._same_config(path, longer)
-    quickstart._same_config(path, tiny_config)
+        runs.same_config(path, longer)
+    runs.same_config(path, tiny_config)
 
 
 def test_a_stage_is_computed_once(tmp_path, capsys):

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import checkpoint, losses, tensors, train
+from hypervl_jax import checkpoint, losses, tensors, train, watch
+from hypervl_jax.checkpoint import CheckpointError
 from hypervl_jax.config import BRANCHES, ConfigError, Rule
-from hypervl_jax.data import pipeline, sheets
+from hypervl_jax.data import feeds, pipeline, sheets
 from hypervl_jax.model import hypervl
 from hypervl_jax.train import Job, TrainError
+from hypervl_jax.watch import QUIET
 
 NAMES, LARGE, BASE = Job(BRANCHES, stage0=True), Job(("large",)), Job(("base",))
 
@@ -29,8 +31,9 @@ def cfg(tiny_config):
 
 @pytest.fixture(scope="module")
 def run(cfg, tiny_source, tiny_sheets, tiny_tokenizer, tiny_classes):
-    def run(out, cfg=cfg, classes=tiny_classes):
-        return train.run(cfg, tiny_source, tiny_sheets, tiny_tokenizer, classes, out, progress=False)
+    def run(out, cfg=cfg, classes=tiny_classes, watch=QUIET, change=lambda feed: feed):
+        feed = feeds.Screens(cfg, tiny_source, tiny_sheets, tiny_tokenizer, classes)
+        return train.run(cfg, change(feed), out, watch)
 
     return run
 
@@ -128,7 +131,7 @@ def test_a_finished_run_is_not_trained_again(whole, run):
 
 def test_the_log_has_a_line_a_step_with_the_parts_of_its_job(whole):
     lines = log(whole[0])
-    always = {"step", "time", "grad_norm", "lr"}
+    always = {"step", "time", "grad_norm", "lr", "tokens"}
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert set(lines[0]) == always | {f"{k}_{b}" for k in ("name", "word", "cell") for b in BRANCHES}
     assert set(lines[1]) == set(lines[3]) == always | {"name_large", "word_large", "cell_large", "loss_large"}
@@ -136,9 +139,9 @@ def test_the_log_has_a_line_a_step_with_the_parts_of_its_job(whole):
 
 
 def test_a_folder_of_other_settings_is_refused(whole, run, cfg):
-    with pytest.raises(TrainError, match="other settings"):
+    with pytest.raises(TrainError, match=r"other settings \(config\.train\.lr was 0\.001, is 0\.5\)"):
         run(whole[0], cfg=replace(cfg, train=replace(cfg.train, lr=0.5)))
-    with pytest.raises(TrainError, match="other settings"):
+    with pytest.raises(TrainError, match=r"other settings \(classes was \['.*\], is \['cat'\]\)"):
         run(whole[0], classes=("cat",))
 
 
@@ -154,7 +157,24 @@ def test_a_run_older_than_a_setting_goes_on(whole, run):
     run(whole[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path, monkeypatch):
+# --- what is not finite ----------------------------------------------------------------------------------------------
+
+
+class Spoilt:
+    """A feed whose batch of one step holds what is no number."""
+
+    def __init__(self, feed, at):
+        self.feed, self.at = feed, at
+
+    def __getattr__(self, name):
+        return getattr(self.feed, name)
+
+    def batches(self, start):
+        for step, batch in enumerate(self.feed.batches(start), start):
+            yield batch._replace(weights=batch.weights * np.nan) if step == self.at else batch
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, cfg, tmp_path, monkeypatch):
     fresh = train.init_state
 
     def poisoned(*how):
@@ -163,9 +183,53 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path
         return state
 
     monkeypatch.setattr(train, "init_state", poisoned)
-    with pytest.raises(TrainError, match=r"step \d: loss is not finite.*lower train\.lr"):
-        run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"2: not finite: params\.large\.vit\.norm\.bias; it is not written"):
+        run(tmp_path, replace(cfg, train=replace(cfg.train, skips=9)))
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() is None
+
+
+@pytest.fixture(scope="module")
+def lenient(cfg):
+    return replace(cfg, train=replace(cfg.train, skips=1))
+
+
+def test_a_step_that_is_not_finite_moves_nothing_but_its_count(lenient, whole, sheet):
+    start = jax.tree.map(np.asarray, whole[1])
+    spoilt = sheet._replace(weights=sheet.weights * np.nan)
+    after, metrics = train.compiled(lenient)(jax.device_put(start, jax.devices()[0]), spoilt, NAMES)
+    assert not np.isfinite(float(metrics["grad_norm"]))
+    assert equal(after.params, start.params)
+    assert equal(after.opt, start.opt)
+    assert int(after.step) == int(start.step) + 1
+
+
+def test_a_guarded_step_is_the_step(lenient, step):
+    """But for rounding, which is why steps are not guarded unless asked: runs that exist go on bit for bit."""
+    _, want, parts = step(NAMES)
+    _, after, metrics = step(NAMES, lenient)
+    close(after.params, want.params)
+    assert metrics == pytest.approx(parts, rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_passed_over_and_said(run, lenient, tmp_path, capsys):
+    state = run(tmp_path, lenient, change=lambda feed: Spoilt(feed, 0))
+    assert int(state.step) == 4
+    first, *rest = [json.loads(s, parse_constant=pytest.fail) for s in (tmp_path / "log.jsonl").open()]
+    assert first["skipped"] is True
+    assert not any("skipped" in row for row in rest)
+    assert "step 0: " in capsys.readouterr().err
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_leave_the_batch(run, cfg, sheet, tmp_path):
+    assert cfg.train.skips == 0
+    with pytest.raises(TrainError, match=r"step 0: .* in 1 of the last 100 steps; .*not-finite-0\.npz"):
+        run(tmp_path, change=lambda feed: Spoilt(feed, 0))
+    at, batch, shown = watch.load_batch(tmp_path / "not-finite-0.npz")
+    assert at == 0
+    assert np.isnan(batch.weights).any()
+    assert batch.tiles.shape == sheet.tiles.shape
+    assert [s.split()[0] for s in shown] == ["sheet"] * len(batch.tiles)
 
 
 # --- what a job moves ------------------------------------------------------------------------------------------------

@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import reprlib
 import shutil
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hypervl_jax import __version__, config, layouts, quantize, tensors
@@ -167,8 +170,9 @@ def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 class Checkpoints:
-    """Training state on disk, a step a directory, written atomically, the last `keep` kept. It is this object's alone
-    until `close`: raises `CheckpointError` where another one, of whatever process, has the folder open."""
+    """Training state on disk, a step a directory, written in the background and atomically, with sums of every leaf
+    that tell damage. The last `keep` stay, and the one of least loss. The folder is this object's alone until `close`:
+    raises `CheckpointError` where another one, of whatever process, has it open."""
 
     def __init__(self, path: Path | str, keep: int = 2):
         import orbax.checkpoint as ocp
@@ -177,23 +181,69 @@ class Checkpoints:
         self.path = Path(path).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
         self._unlock = _lock(self, self.path)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._loss: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Keep(keep, self._loss), cleanup_tmp_directories=True, lightweight_initialize=True
+        )
         handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handler)
+        for step in self._manager.all_steps():
+            with contextlib.suppress(CheckpointError):
+                self._note(step, self.about(step))
+
+    def _note(self, step: int, about: dict) -> None:
+        if (loss := about.get("loss")) is not None:
+            self._loss[step] = loss
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Returns when the state is on disk: the next step donates its buffers."""
-        self._manager.save(step, args=self._ocp.args.StandardSave(state))
-        self._manager.wait_until_finished()
+    def best(self) -> int | None:
+        """The step of least loss of those that are here."""
+        return min((s for s in self._manager.all_steps() if s in self._loss), key=self._loss.__getitem__, default=None)
+
+    def save(self, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
+        """Begins to write a state; returns when its buffers may be given away. `about` is told of it, as JSON; its
+        `loss`, if it has one, says which checkpoint is best.
+
+        Raises `CheckpointError` naming leaves that are not finite, in which case nothing is written, and where this
+        or the checkpoint before could not be written.
+        """
+        seen = jax.device_get(_survey(flatten_paths(state)))
+        if bad := sorted(name for name, (_, finite) in seen.items() if not finite):
+            more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+            raise CheckpointError(
+                f"{self.path / str(step)}: not finite: {', '.join(bad[:4])}{more}; it is not written, what was saved "
+                "before stays"
+            )
+        sums = {name: [int(x) for x in both] for name, (both, _) in seen.items()}
+        sealed = _sealed({**(about or {}), "sums": sums})
+        self._note(step, sealed)
+        if jax.default_backend() == "cpu":  # where what is written would be the buffers that the next step is given
+            state = jax.tree.map(jnp.copy, state)
+        try:
+            self._manager.save(step, args=self._ocp.args.StandardSave(state), custom_metadata=sealed)
+        except Exception as e:  # also of the one before, which was written meanwhile
+            raise _unwritten(self.path, e) from e
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What was told of a checkpoint; empty of one that an older version has written. Raises `CheckpointError` where
+        that is damaged."""
+        path = self.path / str(step) / "_CHECKPOINT_METADATA"
+        try:
+            found = json.loads(path.read_text())["custom_metadata"] or {}
+            if found and found != _sealed({k: v for k, v in found.items() if k != "seal"}):
+                raise ValueError("does not match its seal")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise CheckpointError(f"{path.name}: {e}") from e
+        return found
 
     def restore(self, like: Any) -> Any:
-        """The latest state, in the shapes, dtypes and places of `like`; where it says no place, on the first device,
-        wherever the state was written. Raises `CheckpointError` if it does not fit or is damaged."""
-        step = self.latest()
-        if step is None:
+        """The latest state that is whole, in the shapes, dtypes and places of `like`; where it says no place, on the
+        first device, wherever the state was written. Damaged ones that are younger are told of on stderr and set aside.
+        Raises `CheckpointError` if it does not fit or if none is whole."""
+        self._manager.wait_until_finished()
+        if self.latest() is None:
             raise CheckpointError(f"{self.path}: no checkpoint to resume from")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -201,19 +251,52 @@ class Checkpoints:
             bare = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) if bare else x
 
-        try:
-            return self._manager.restore(step, args=self._ocp.args.StandardRestore(jax.tree.map(placed, like)))
-        except Exception as e:  # Orbax raises many kinds
-            said = (
-                f"{self.path / str(step)}: cannot be resumed ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
-            )
-            if self._other(step, like):
-                cure = "it is of other settings or another version: resume with those, or choose another --out"
-            elif isinstance(e, MemoryError | RuntimeError | PermissionError):
-                cure = "mend that and resume again: the checkpoint itself may be whole"
-            else:
-                cure = "delete that folder to fall back to the step before, or start anew with another --out"
-            raise CheckpointError(f"{said}; {cure}") from e
+        damaged: list[tuple[int, Exception]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = self._read(step, jax.tree.map(placed, like))
+            except Exception as e:  # Orbax raises many kinds
+                said = f"{self.path / str(step)}: cannot be resumed ({_first_line(e)})"
+                if self._other(step, like):
+                    cure = "it is of other settings or another version: resume with those, or choose another --out"
+                    raise CheckpointError(f"{said}; {cure}") from e
+                if isinstance(e, MemoryError | RuntimeError | PermissionError):
+                    cure = "mend that and resume again: the checkpoint itself may be whole"
+                    raise CheckpointError(f"{said}; {cure}") from e
+                damaged.append((step, e))
+                continue
+            for late, e in reversed(damaged):
+                aside = self._set_aside(late)
+                print(
+                    f"{self.path / str(late)}: damaged ({_first_line(e)}), now {aside.name}; going on from step {step}",
+                    file=sys.stderr,
+                )
+            return state
+        step, e = damaged[0]
+        cure = "delete that folder to fall back to the step before, or start anew with another --out"
+        if len(damaged) > 1:
+            cure = f"so are {len(damaged) - 1} more, and none is whole: start anew with another --out"
+        raise CheckpointError(f"{self.path / str(step)}: cannot be resumed ({_first_line(e)}); {cure}") from e
+
+    def _read(self, step: int, like: Any) -> Any:
+        """One state. Raises `CheckpointError` for one that is not as it was, and whatever Orbax raises."""
+        sums = self.about(step).get("sums")
+        state = self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+        if sums is not None:  # otherwise of an older version
+            seen = jax.device_get(_survey(flatten_paths(state)))
+            wrong = sorted(name for name, (both, _) in seen.items() if sums.get(name) != [int(x) for x in both])
+            if wrong:
+                raise CheckpointError(f"{len(wrong)} of {len(seen)} leaves are not as they were written: {wrong[0]}")
+        return state
+
+    def _set_aside(self, step: int) -> Path:
+        """Gives a damaged checkpoint another name, so that its step can be written anew."""
+        names = (self.path / f"damaged-{step}{'-' * bool(n)}{n or ''}" for n in range(1000))
+        aside = next(name for name in names if not name.exists())
+        os.replace(self.path / str(step), aside)
+        self._loss.pop(step, None)
+        self._manager.reload()
+        return aside
 
     def _other(self, step: int, like: Any) -> bool:
         """Whether what a checkpoint says of itself can be read, and is not `like`."""
@@ -223,15 +306,69 @@ class Checkpoints:
             return False
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-        self._unlock()
+        """Waits until everything is on disk. Raises `CheckpointError` where that fails."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except Exception as e:
+            raise _unwritten(self.path, e) from e
+        finally:
+            self._unlock()
+
+
+class _Keep:
+    """Which checkpoints stay: the last `last`, and the best."""
+
+    def __init__(self, last: int, loss: dict[int, float]):
+        self.last, self.loss = last, loss
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints]
+        best = min((s for s in steps if s in self.loss), key=self.loss.__getitem__, default=None)
+        return [i >= len(steps) - self.last or s == best for i, s in enumerate(steps)]
+
+
+@jax.jit
+def _survey(leaves: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Two sums of each leaf that tell it from one with any other bits, u32[2], and whether it is finite. The same on
+    whatever devices a leaf lies and in however many pieces: integers wrap around, so their order does not matter."""
+
+    def one(a: Any) -> tuple[Any, Any]:
+        floats = jnp.issubdtype(a.dtype, jnp.floating)
+        finite = jnp.isfinite(a).all() if floats else jnp.bool_(True)
+        bits = jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}") if floats else a
+        x, at, stride = bits.astype(jnp.uint32), jnp.zeros(a.shape, jnp.uint32), 1
+        for axis in reversed(range(a.ndim)):
+            at += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * np.uint32(stride % 2**32)
+            stride *= a.shape[axis]
+        odd = (2 * at + 1, at * np.uint32(2654435761) | 1)  # one word that changes changes both sums
+        return jnp.stack([(x * w).sum(dtype=jnp.uint32) for w in odd]), finite
+
+    return {name: one(a) for name, a in leaves.items()}
+
+
+def flatten_paths(tree: Any) -> dict[str, Any]:
+    """Every leaf under its dotted path, `params.llm.embed`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _sealed(values: dict[str, Any]) -> dict[str, Any]:
+    values = json.loads(json.dumps(values))
+    return {**values, "seal": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
+
+def _first_line(e: Exception) -> str:
+    line = (str(e).splitlines() or [""])[0]
+    return line if isinstance(e, CheckpointError) else f"{type(e).__name__}: {line}"
+
+
+def _unwritten(path: Path, e: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: a checkpoint could not be written ({_first_line(e)}); those before it stay")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in flatten_paths(tree).items()}
 
 
 def _lock(owner: Any, path: Path) -> Callable[[], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,10 +23,17 @@ def train(
     out: Path,
     steps: int | None = None,
     start: Path | None = None,
+    data: Path | None = None,
+    splits: tuple[str, ...] = (),
+    max_hours: float | None = None,
+    sample_every: int = 1_000,
+    profile: int = 0,
 ) -> None:
-    """Train a model: data, both branches under one decoder with DCL, then VRC on the model's own labels.
+    """Train a model: on composed screens both branches under one decoder with DCL, then VRC on the model's own labels;
+    with --data on conversations of your own.
 
-    Interrupted, the same command goes on where it stopped. The model is OUT/model. For example:
+    Interrupted, the same command goes on where it stopped. On Ctrl-C, SIGTERM and --max-hours it saves first and exits
+    with 75. The model is OUT/model. For example:
 
     hypervl train quickstart --out runs/mine
 
@@ -33,19 +41,37 @@ def train(
 
     hypervl train configs/stage2_pretrain.py --start runs/stage1/model --out runs/stage2
 
+    hypervl train configs/stage2_pretrain.py --start runs/stage1/model --data data/train --out runs/stage2
+
     Args:
         config: a preset (tiny, quickstart, nano) or a file with `get_config()`, such as configs/nano.py.
         out: folder to write; a run that is there is resumed.
         steps: training steps, instead of the config's; a run is gone on with under the same number.
         start: a model folder to begin with, such as that of the stage before; if not given, from nothing.
+        data: a folder that `hypervl data build` wrote; if not given, screens are composed.
+        splits: which splits of --data; if not given, all.
+        max_hours: stop in time before so many hours are over.
+        sample_every: training steps between answers to a few questions; 0 for none.
+        profile: how many training steps to trace, to OUT/train/profile.
     """
+    began = time.monotonic()
+    if max_hours is not None and not max_hours > 0:
+        raise needs.UsageError(f"--max-hours {max_hours:g}: above 0")
+    if sample_every < 0 or profile < 0:
+        raise needs.UsageError("--sample-every and --profile: at least 0")
+    if splits and data is None:
+        raise needs.UsageError("--splits: of a data set; give it as --data")
     cfg = needs.prepared(config, steps, out)
+    from hypervl_jax import finetune, watch
     from hypervl_jax import quickstart as recipe
 
-    recipe.make_model(cfg, out, start)
-    print(f'ask it:    hypervl ask PICTURE "what is this?" --model {out / "model"}')
-    print(f"judge it:  hypervl eval --model {out / 'model'}")
-    print(f"export it: hypervl export {out / 'model'} --out {out / 'export'}")
+    stop_at = None if max_hours is None else began + 3600 * max_hours
+    how = watch.Watch(True, stop_at, sample_every, profile)
+    if data is None:
+        recipe.make_model(cfg, out, start, watch=how)
+    else:
+        finetune.make_model(cfg, data, out, start, splits, how)
+    print("\n".join(watch.commands(out, vrc=data is None or start is not None)))
 
 
 def evaluate(
@@ -301,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             raise
         print("hypervl: " + " ".join(_line(e).split()), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(e, "exit_code", 1))
 
 
 def _line(e: Exception) -> str:

@@ -238,11 +238,12 @@ class DataConfig:
     shrink_min: float = 0.1  # ... uniform in [shrink_min, 1]
     tile_buckets: tuple[int, ...] = (1, 3, 5)  # a batch holds screens of one bucket; thumbnail counted
     lengths: tuple[int, ...] = (112, 208, 272)  # sequence length of each bucket
+    max_rate: float = 0.01  # share of conversations that may fit no bucket
 
     def __post_init__(self):
         _positive(self, "batch")
         _above_zero(self, "shrink_min")
-        _within(self, 0, 1, "shrink_prob", "shrink_min")
+        _within(self, 0, 1, "shrink_prob", "shrink_min", "max_rate")
         rises = all(a < b for a, b in itertools.pairwise((0, *self.tile_buckets)))
         if not self.tile_buckets or not rises or len(self.lengths) != len(self.tile_buckets) or min(self.lengths) < 1:
             raise ValueError(
@@ -300,11 +301,13 @@ class TrainConfig:
     remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "nothing_saveable"
     log_every: int = 10
     save_every: int = 500
-    keep: int = 2
+    keep: int = 2  # checkpoints, the last ones; the one of least loss stays as well
+    skips: int = 0  # of any 100 steps, how many may be passed over for a loss or a gradient that is not finite
 
     def __post_init__(self):
         _positive(self, "accumulate", "log_every", "save_every", "keep")
         _within(self, 0, sys.maxsize, "steps")
+        _within(self, 0, 100, "skips")
         _within(self, 0, self.steps, "stage0_steps")
         _within(self, 0, MANY, "loss_chunk")
         _above_zero(self, "lr", "stage0_lr", "clip")
@@ -438,6 +441,20 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise ConfigError(f"{where}: expected {kind.__name__}, found {reprlib.repr(value)}")
     return value
+
+
+def differences(was: Any, now: Any, where: str = "") -> list[str]:
+    """What differs between two configs as `to_dict` gives them, each setting with both values."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return [] if was == now else [f"{where} was {reprlib.repr(was)}, is {reprlib.repr(now)}"]
+    out = []
+    for key in {**was, **now}:
+        path = f"{where}.{key}" if where else str(key)
+        if key in was and key in now:
+            out += differences(was[key], now[key], path)
+        else:
+            out.append(f"{path} is not in {'this one' if key in was else 'that one'}")
+    return out
 
 
 def config_hash(config: Any) -> str:

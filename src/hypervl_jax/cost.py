@@ -5,6 +5,7 @@ FLOPs are two a multiply-add; bytes are those of float32. Axes: N tiles, M token
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from hypervl_jax import bench
 from hypervl_jax.config import Branch, LlmConfig, ModelConfig
 from hypervl_jax.model import hypervl
-from hypervl_jax.plan import VisionPlan
+from hypervl_jax.plan import VisionPlan, make
 from hypervl_jax.text import visual_tokens
 
 
@@ -45,6 +46,13 @@ def projector_flops(plan: VisionPlan, cfg: ModelConfig, branch: Branch) -> int:
     """Both layers over all M tokens of N tiles."""
     wide, d = cfg.vit(branch).width * cfg.policy.merge**2, cfg.llm.width
     return plan.n_tiles * cfg.policy.tokens_per_tile * 2 * (wide * d + d * d)
+
+
+@functools.lru_cache(maxsize=8)
+def tile_flops(cfg: ModelConfig, branch: Branch) -> tuple[int, int]:
+    """FLOPs of one tile: (encoder, projector)."""
+    one = make((cfg.policy.tile, cfg.policy.tile), 1.0, cfg.policy)
+    return one.vit_flops(cfg.vit(branch)) // one.n_tiles, projector_flops(one, cfg, branch) // one.n_tiles
 
 
 def llm_flops(cfg: LlmConfig, n: int) -> int:

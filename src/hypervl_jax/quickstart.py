@@ -7,7 +7,6 @@ Each stage leaves its result in `OUT/stages/NAME.json`; a stage that is there is
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -28,12 +27,14 @@ from tqdm import tqdm
 from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, sight, tokens, train
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
-from hypervl_jax.data import pipeline
+from hypervl_jax.data import feeds, pipeline
 from hypervl_jax.data.assets import Assets
 from hypervl_jax.data.screens import Screen, check
 from hypervl_jax.export.lower import ExportUnavailable
 from hypervl_jax.model import vrc
+from hypervl_jax.runs import begun, read, same_config, same_start, write
 from hypervl_jax.tensors import flatten, unflatten
+from hypervl_jax.watch import PLAIN, Watch, keep_example
 
 SIGHTS = 16_000  # screens that VRC's trunk learns to see on; their proxies are in memory at once
 RETAIN = 0.993  # what VRC is calibrated to keep: above the paper's 98.7 %, since held-out pictures land on either side
@@ -51,18 +52,18 @@ class Stages:
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
         path, spent = self.path / f"{name}.json", self.path / f"{name}.spent"
         if path.exists():
-            stored = _read(path)
+            stored = read(path)
             print(f"{name}: done before, in {stored['seconds']:.0f} s")
         else:
             print(f"{name} ...")
             self.path.mkdir(parents=True, exist_ok=True)
-            before, start = _read(spent) if spent.exists() else 0.0, time.monotonic()
+            before, start = read(spent) if spent.exists() else 0.0, time.monotonic()
             try:
                 result = compute()
             finally:
-                _write(spent, seconds := before + time.monotonic() - start)
+                write(spent, seconds := before + time.monotonic() - start)
             stored = {"seconds": seconds, "peak_rss_gb": bench.peak_rss_gb(), "result": result}
-            _write(path, stored)
+            write(path, stored)
             spent.unlink()
         self.seconds[name] = stored["seconds"]
         self.peak_rss_gb = max(self.peak_rss_gb, stored.get("peak_rss_gb", 0.0))
@@ -93,7 +94,9 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> tokens.Tokenizer:
         raise config.ConfigError(f"{e}; delete it and run again, the same one is made anew") from e
 
 
-def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, stage: Stages | None = None) -> Model:
+def make_model(
+    cfg: Config, out: Path | str, start: Path | str | None = None, stage: Stages | None = None, watch: Watch = PLAIN
+) -> Model:
     """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
     `start` is a model to begin with, of the stage before: its weights and its tokenizer; without it they are made anew.
     With `train.steps` 0 it stands still, and what is trained is VRC.
@@ -104,7 +107,7 @@ def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, st
     from hypervl_jax.data import tfds_builders
 
     out = Path(out)
-    first = None if start is None else _begun(start, cfg)
+    first = None if start is None else begun(start, cfg)
     if first is None and not cfg.train.steps:
         raise config.ConfigError("train.steps 0: the model stands still; give it as --start MODEL, or train it")
     for name in ("train", "sheets", "label"):
@@ -112,15 +115,17 @@ def make_model(cfg: Config, out: Path | str, start: Path | str | None = None, st
             raise config.ConfigError(f"data.screens.{name}: at least 1, a model is made from them")
     check(Assets.load(), cfg.data.screens)
     out.mkdir(parents=True, exist_ok=True)
-    _same_config(out / "config.json", cfg)
-    _same_start(out, start)
+    same_config(out / "config.json", cfg)
+    same_start(out, start)
     stage, screens = stage or Stages(out), cfg.data.screens
     stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
     source = tfds_builders.build(screens, out / "data")  # anew where it is gone, or of an older version of the code
     names, model_dir = classes(cfg), out / "model"
     tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER) if first is None else first.tokenizer
+    feed = feeds.Screens(cfg, source["train"], source["sheets"], tokenizer, names)
+    keep_example(out, next(iter(feed.examples(1)), None))
     if first is None or cfg.train.steps:
-        stage("train", lambda: _train(cfg, source["train"], source["sheets"], tokenizer, names, out, first))
+        stage("train", lambda: _train(cfg, feed, out, first, watch))
         params = train.restore(cfg, out / "train", len(names)).params
     else:
         params = first.params
@@ -173,7 +178,7 @@ def run(cfg: Config, out: Path | str) -> dict[str, Any]:
     )
     summary["seconds"] = {**stage.seconds, "total": sum(stage.seconds.values())}
     summary = finite(summary | {"peak_rss_gb": stage.peak_rss_gb, "machine": bench.machine(), **origin})
-    _write(out / "summary.json", summary)
+    write(out / "summary.json", summary)
     report.write(out / "report.html", summary, curves(out / "train" / "log.jsonl"), _samples(model, tests, ratios))
     print(report.terminal_table(summary))
     return summary
@@ -208,70 +213,8 @@ def _origin() -> dict[str, Any]:
     return {**found, "command": bench.told(["hypervl", *sys.argv[1:]])}
 
 
-def _write(path: Path, values: Any) -> None:
-    """JSON, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1))
-    os.replace(part, path)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise config.ConfigError(f"{path}: damaged ({e}); delete it and run again, it will be computed anew") from e
-
-
-def _same_config(path: Path, cfg: Config) -> None:
-    """Raises `ConfigError` where a run has other settings. Those of VRC may change until what they decide is there."""
-    if not path.exists():
-        _write(path, config.to_dict(cfg))
-        return
-    values = _read(path)
-    with contextlib.suppress(config.ConfigError):  # a setting that a run did not know yet has its default
-        was = config.from_dict(Config, values)
-        if was == cfg:
-            return
-        decided = {
-            "sight": ("sight_steps", "sight_lr", "batch", "weight_decay", "seed"),
-            "labels": ("branch", "ratios"),
-            "vrc": [f.name for f in dataclasses.fields(cfg.vrc)],
-        }
-        there = [
-            k for name, keys in decided.items() if (path.parent / "stages" / f"{name}.json").exists() for k in keys
-        ]
-        same = all(getattr(was.vrc, k) == getattr(cfg.vrc, k) for k in there)
-        if same and dataclasses.replace(was, vrc=cfg.vrc) == cfg:
-            _write(path, config.to_dict(cfg))
-            return
-    raise config.ConfigError(f"{path.parent} holds a run with other settings: choose another --out or delete it")
-
-
-def _begun(start: Path | str, cfg: Config) -> Model:
-    """The model to begin with. How a picture is cut (`policy`) may be another in every stage."""
-    model = checkpoint.load_model(start)
-    sizes = [f.name for f in dataclasses.fields(model.config) if f.name != "policy"]
-    if other := [name for name in sizes if getattr(model.config, name) != getattr(cfg.model, name)]:
-        raise config.ConfigError(f"{start}: its {', '.join(other)} differ from those of config {cfg.name}")
-    return model
-
-
-def _same_start(out: Path, start: Path | str | None) -> None:
-    """Raises `ConfigError` where a run began otherwise: gone on with so, it would silently be another run."""
-    path, name = out / "start.json", None if start is None else str(Path(start).absolute())
-    if not path.exists() and not (out / "stages").exists():
-        _write(path, name)
-    began = _read(path) if path.exists() else None  # a run older than this file began from nothing
-    if began != name:
-        how = "from nothing: leave out --start" if began is None else f"from {began}: give that as --start"
-        raise config.ConfigError(f"{out} holds a run that began {how}, or choose another --out")
-
-
-def _train(
-    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: tokens.Tokenizer, names: tuple[str, ...],
-    out: Path, first: Model | None,
-) -> dict:  # fmt: skip
-    state = train.run(cfg, source, sheets, tokenizer, names, out / "train", start=first and first.params)
+def _train(cfg: Config, feed: feeds.Feed, out: Path, first: Model | None, watch: Watch) -> dict:
+    state = train.run(cfg, feed, out / "train", watch, first and first.params)
     return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
 
 

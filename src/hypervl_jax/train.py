@@ -7,11 +7,8 @@ alternate between the branches, the small one also follows the large one's answe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -21,17 +18,28 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from hypervl_jax import checkpoint, config, losses, optim
+from hypervl_jax import checkpoint, losses, optim, runs
 from hypervl_jax.config import BRANCHES, Branch, Config, ConfigError
-from hypervl_jax.data import pipeline
+from hypervl_jax.data.feeds import Feed
 from hypervl_jax.data.pipeline import Batch
-from hypervl_jax.data.sheets import most
 from hypervl_jax.model import hypervl, llm
-from hypervl_jax.tokens import Tokenizer
-
-
-class TrainError(RuntimeError):
-    """Training had to stop; what was saved before stays."""
+from hypervl_jax.runs import TrainError
+from hypervl_jax.tensors import flatten
+from hypervl_jax.watch import (
+    PLAIN,
+    WINDOW,
+    Guard,
+    Log,
+    Meter,
+    Samples,
+    Stop,
+    Stopped,
+    Trace,
+    Watch,
+    note,
+    save_batch,
+    step_flops,
+)
 
 
 class State(NamedTuple):
@@ -259,119 +267,102 @@ def train_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State
     return State(state.step + 1, params, opt), {**parts, "grad_norm": norm, "lr": lr}
 
 
+def guarded_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State, dict[str, Array]]:
+    """`train_step`, but where the loss or a gradient is not finite only the step counts and nothing moves. Where they
+    are, the same but for rounding: the compiler fuses the choice with the update."""
+    after, metrics = train_step(state, batch, cfg, job)
+    fine = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+
+    def stays(new: Array, old: Array) -> Array:
+        return old if new is old else jnp.where(fine, new, old)
+
+    params, opt = (jax.tree.map(stays, getattr(after, part), getattr(state, part)) for part in ("params", "opt"))
+    return State(after.step, params, opt), metrics
+
+
 @functools.lru_cache(maxsize=4)
 def compiled(cfg: Config) -> Callable[[State, Batch, Job], tuple[State, dict[str, Array]]]:
-    """`train_step` jitted for one config; the state is donated."""
-    step = jax.jit(train_step, static_argnums=(2, 3), donate_argnums=0)
+    """`train_step`, or with `cfg.train.skips` `guarded_step`, jitted for one config; the state is donated."""
+    step = jax.jit(guarded_step if cfg.train.skips else train_step, static_argnums=(2, 3), donate_argnums=0)
     return lambda state, batch, job: step(state, batch, cfg, job)
 
 
-def run(
-    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...],
-    out: Path | str, progress: bool = True, start: dict | None = None,
-) -> State:  # fmt: skip
-    """Trains to `cfg.train.steps`, stage 0 on `sheets` and the rest on `source`, resuming from the newest checkpoint
-    under `out`; where there is none, from the weights `start` (those of the stage before) or from nothing. Writes
-    `out/log.jsonl`.
+def run(cfg: Config, feed: Feed, out: Path | str, watch: Watch = PLAIN, start: dict | None = None) -> State:
+    """Trains to `cfg.train.steps` on what `feed` gives, resuming from the newest checkpoint under `out` that is whole;
+    where there is none, from the weights `start` (those of the stage before) or from nothing. Writes `out/log.jsonl`.
 
-    Raises `TrainError` on a non-finite loss and when `out` holds a run of other settings, `ConfigError` for rules that
-    do not fit the parameters, `ValueError` for screens that fit no bucket.
+    Raises `TrainError` when `out` holds a run of other settings or data, and when too many steps are not finite (the
+    batch of the last is then in `out`); `Stopped` on SIGTERM, on Ctrl-C and at `watch.stop_at`, with every step saved;
+    `ConfigError` for rules that do not fit the parameters, `ValueError` for data that fits no bucket.
     """
     out = Path(out)
-    words = cfg.data, cfg.model.policy, cfg.model.text, tokenizer, cfg.train.seed
-    if cfg.train.stage0_steps:
-        pipeline.schedule(sheets.sizes, cfg.data, cfg.model.policy, cfg.train.seed, 1)
-    pipeline.check(source, *words, cfg.train.steps - cfg.train.stage0_steps, progress)  # now, not after stage 0
+    feed.check(watch.progress)  # now, not after stage 0
     # Put on its device as a restored state is: otherwise a resumed run would compile every step anew.
-    state = jax.device_put(init_state(cfg, len(classes), start), jax.local_devices()[0])
+    state = jax.device_put(init_state(cfg, feed.classes, start), jax.local_devices()[0])
     early = cfg.train.stage0_steps
     for job in {job_at(cfg, step) for step in range(max(early - 1, 0), min(early + 64, cfg.train.steps))}:
         moving(state.params, cfg, job)  # found out before the first step of another job
     out.mkdir(parents=True, exist_ok=True)
-    _same_run(out / "train.json", cfg, classes)
-    ckpts = checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)
-    if ckpts.latest() is not None:
-        state = ckpts.restore(state)
-    done, steps = int(state.step), cfg.train.steps
-    step_fn = compiled(cfg)
-    feed = _feed(cfg, source, sheets, tokenizer, classes, done)
-    bar = tqdm(total=steps, initial=done, desc="train", disable=not progress, smoothing=0.05)
-    shown: dict[str, float] = {}
-    _trim(out / "log.jsonl", done)
-    with (out / "log.jsonl").open("a") as log:
-        try:
-            for step, batch in enumerate(feed, done):
-                state, metrics = step_fn(state, batch, job_at(cfg, step))
-                values = {k: float(v) for k, v in metrics.items()}
+    runs.same_run(out / "train.json", cfg, feed.about)
+    learns, steps = list(flatten(optim.learning(cfg.train, state.params))), cfg.train.steps
+    smooth, shown, step_fn = {}, {}, compiled(cfg)  # losses, smoothed and as they are
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop(watch.stop_at))
+        ckpts = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)))
+        if ckpts.latest() is not None:
+            state = ckpts.restore(state)
+            saved = ckpts.about(int(state.step))
+            smooth = dict(saved.get("smooth", {}))
+            if other := runs.changed(saved, cfg):
+                note(f"going on from step {int(state.step)}, saved with other settings: {runs.some(other)}")
+        done = int(state.step)
+        log = stack.enter_context(contextlib.closing(Log(out, done)))
+        guard, meter = Guard(cfg.train.skips, log.skipped), Meter()
+        samples = Samples(cfg, feed, out) if watch.sample_every else None
+        trace = stack.enter_context(contextlib.closing(Trace(out / "profile", watch.profile, done, steps)))
+        bar = tqdm(total=steps, initial=done, desc="train", disable=not watch.progress, smoothing=0.05)
+        stack.enter_context(bar)
+        for step, batch in enumerate(feed.batches(done), done):
+            job = job_at(cfg, step)
+            trace.before(step)
+            state, metrics = step_fn(state, batch, job)
+            values = {k: float(v) for k, v in metrics.items()}
+            trace.after(step)
+            bad = sorted(k for k, v in values.items() if not np.isfinite(v))
+            tokens = int((np.asarray(batch.segments) >= 0).sum())
+            told = {k: v for k, v in values.items() if k not in bad} | {"tokens": tokens}
+            log.write(step, told | ({"skipped": True} if bad else {}))
+            if bad:
+                note(f"step {step}: {', '.join(bad)} not finite")
+                if guard.too_many(step):
+                    path = save_batch(out / f"not-finite-{step}.npz", step, batch, feed.shown(step))
+                    raise TrainError(
+                        f"step {step}: loss or gradient is not finite, in {len(guard.steps)} of the last {WINDOW} "
+                        f"steps; look at its batch, {path} (watch.load_batch), raise train.skips, or begin anew with "
+                        "a lower train.lr"
+                    )
+            else:
                 shown |= {k: v for k, v in values.items() if k not in ("lr", "grad_norm")}
-                if not all(np.isfinite(list(values.values()))):
-                    raise TrainError(f"step {step}: loss is not finite ({values}); resume with a lower train.lr")
-                log.write(json.dumps({"step": step, "time": round(time.time(), 2), **values}) + "\n")
-                bar.update()
-                if (step + 1) % cfg.train.log_every == 0:
-                    log.flush()
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
-                if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps:
-                    log.flush()
-                    ckpts.save(step + 1, state)
-        finally:
-            bar.close()
-            ckpts.close()
+                some = {k: v for k, v in values.items() if k.startswith("loss_")}
+                smooth |= {k: smooth.get(k, v) + 0.02 * (v - smooth.get(k, v)) for k, v in some.items()}
+            meter.add(tokens, step_flops(cfg, job.branches, job.stage0, batch, learns))
+            bar.update()
+            why = stop.asked()
+            if (step + 1) % cfg.train.log_every == 0:
+                log.flush()
+                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()} | meter.read())
+            if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps or why:
+                log.flush(disk=True)
+                ckpts.save(step + 1, state, runs.about(cfg, feed.about, step + 1, smooth))
+            if samples is not None and (step + 1) % watch.sample_every == 0:
+                samples(step + 1, state.params)
+            if why:
+                ckpts.close()  # said when it is true
+                raise Stopped(f"{out}: {why} at step {step + 1} of {steps}; it is saved, the same command goes on")
     return state
 
 
-def _feed(
-    cfg: Config, source: pipeline.Source, sheets: pipeline.Source, tokenizer: Tokenizer, classes: tuple[str, ...],
-    start: int,
-) -> Iterator[Batch]:  # fmt: skip
-    """Batches from step `start` on: sheets as they are in stage 0, then screens."""
-    early, rest = cfg.train.stage0_steps, (cfg.model.policy, cfg.model.text, tokenizer, classes, cfg.train.seed)
-    if start < early:
-        whole = dataclasses.replace(cfg.data, shrink_prob=0.0)
-        side = cfg.data.screens.sheet_side
-        yield from pipeline.batches(sheets, whole, *rest, early, start, things=most(side))
-    if cfg.train.steps > early:
-        yield from pipeline.batches(source, cfg.data, *rest, cfg.train.steps - early, max(start - early, 0))
-
-
 def restore(cfg: Config, out: Path | str, classes: int) -> State:
-    """The newest state of a run, to read its weights."""
-    ckpts = checkpoint.Checkpoints(Path(out) / "checkpoints", cfg.train.keep)
-    try:
+    """The newest state of a run that is whole, to read its weights."""
+    with contextlib.closing(checkpoint.Checkpoints(Path(out) / "checkpoints", cfg.train.keep)) as ckpts:
         return ckpts.restore(jax.eval_shape(lambda: init_state(cfg, classes)))
-    finally:
-        ckpts.close()
-
-
-def _trim(log: Path, start: int) -> None:
-    """Takes out of a log what came after the checkpoint a run resumes from, and a line that was cut short."""
-
-    def stays(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] < start
-        except ValueError:
-            return False
-
-    if log.exists():
-        kept = log.with_suffix(".part")
-        kept.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
-        kept.replace(log)
-
-
-def _same_run(path: Path, cfg: Config, classes: tuple[str, ...]) -> None:
-    """Raises `TrainError` where the run has other settings. Its length may change, and what only VRC reads."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"config": config.to_dict(cfg), "classes": list(classes)}, indent=1))
-        part.replace(path)
-        return
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise TrainError(f"{path}: damaged ({e}); delete it if the settings are those of this run") from e
-    with contextlib.suppress(config.ConfigError, KeyError, TypeError, AttributeError):
-        was = config.from_dict(Config, found["config"])  # a setting that a run did not know yet has its default
-        was = dataclasses.replace(was, train=dataclasses.replace(was.train, steps=cfg.train.steps), vrc=cfg.vrc)
-        if was == cfg and found["classes"] == list(classes):
-            return
-    raise TrainError(f"{path} is of a run with other settings: continue it with those, or choose another --out")
