@@ -50,7 +50,7 @@ def tiny() -> Config:
         DataConfig(screens, batch=4, tile_buckets=(1, 3, 5), lengths=(96, 96, 128)),
         TrainConfig(steps=4, stage0_steps=2, warmup=2, save_every=2, optimizer="muon"),
         DclConfig(),
-        VrcTrainConfig(steps=4, batch=4, sight_steps=2),
+        VrcTrainConfig(steps=4, batch=4),
     )
 
 

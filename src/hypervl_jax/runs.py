@@ -58,12 +58,14 @@ def same_config(path: Path, cfg: Config) -> None:
         write(path, config.to_dict(cfg))
         return
     free = (*FREE, *_undecided(cfg, path.parent / "stages"))
-    was, now = (_without(values, free) for values in (_known(read(path)), config.to_dict(cfg)))
+    found, told = _known(read(path)), config.to_dict(cfg)
+    was, now = (_without(values, free) for values in (found, told))
     if other := config.differences(was, now):
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({some(other)}): choose another --out or delete it"
         )
-    write(path, config.to_dict(cfg))
+    if found != told:
+        write(path, told)
 
 
 def _undecided(cfg: Config, stages: Path) -> list[str]:

@@ -81,8 +81,8 @@ def train(
     if n < how.batch or not (sights.names >= 0).any():
         raise compress.CompressError(f"{n} pictures with {(sights.names >= 0).sum()} things: too little to learn from")
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    wide = params["pool"]["weight"].shape[-1]
-    learnt = {"vrc": params, "names": jnp.zeros((names, wide)), "size": jnp.zeros(wide), "mean": jnp.zeros(())}
+    wide, trunk = params["pool"]["weight"].shape[-1], {k: v for k, v in params.items() if k.startswith("block_")}
+    learnt = {"trunk": trunk, "names": jnp.zeros((names, wide)), "size": jnp.zeros(wide), "mean": jnp.zeros(())}
     opt, order, history = _optimizer(how).init(learnt), np.zeros(0, int), []
     with tqdm(range(how.sight_steps), desc="sight", unit="step", disable=not progress) as bar:
         for step in bar:
@@ -99,7 +99,7 @@ def train(
                 if not np.isfinite(name + size):
                     raise compress.CompressError(f"the loss is {name} by step {step}; lower sight_lr {how.sight_lr}")
                 bar.set_postfix(name=f"{name:.3f}", size=f"{size:.3f}")
-    return learnt["vrc"], np.asarray(history, np.float32).reshape(-1, 2)
+    return params | learnt["trunk"], np.asarray(history, np.float32).reshape(-1, 2)
 
 
 def _flip(boxes: np.ndarray, side: int, mirrored: np.ndarray) -> np.ndarray:
@@ -123,7 +123,7 @@ def _step(
 ):  # fmt: skip
     def error(learnt):
         net = vrc.Vrc(cfg, train=True, depthwise=compress.form(), cells=True)
-        cells, stats = net.apply({"params": learnt["vrc"]}, compress.unit(proxies))
+        cells, stats = net.apply({"params": learnt["trunk"]}, compress.unit(proxies))
         named = losses.name_loss(cells, weights, names, learnt["names"])
         guess = jnp.einsum("bkc,bcd,d->bk", weights, cells, learnt["size"]) + learnt["mean"]
         sized = losses.mean_where((guess - sizes) ** 2, names >= 0)
@@ -132,4 +132,4 @@ def _step(
     (_, (stats, parts)), grads = jax.value_and_grad(error, has_aux=True)(learnt)
     updates, opt = _optimizer(how).update(grads, opt, learnt)
     learnt = cast(Params, optax.apply_updates(learnt, updates))
-    return learnt | {"vrc": vrc.update_stats(learnt["vrc"], stats)}, opt, parts
+    return learnt | {"trunk": vrc.update_stats(learnt["trunk"], stats)}, opt, parts
