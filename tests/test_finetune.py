@@ -67,7 +67,7 @@ def made(cfg, data, tmp_path_factory):
 
 def test_a_model_is_made_and_can_be_asked(made, cfg, capsys):
     out, model = made
-    assert [json.loads(s)["step"] for s in (out / "train" / "log.jsonl").open()] == [0, 1]
+    assert [json.loads(s)["step"] for s in (out / "train" / "log.jsonl").read_text().splitlines()] == [0, 1]
     assert config.from_dict(config.Config, model.info["config"]) == finetune.adapted(cfg)
     assert finetune.adapted(cfg).train.name_weight == finetune.adapted(cfg).train.stage0_steps == 0
     before = tensors.flatten(train.init_state(finetune.adapted(cfg), 1).params)

@@ -169,7 +169,7 @@ def test_answers_are_those_of_ask(tiny_config, tiny_model, tiny_source, tiny_she
 
     feed = feeds.Screens(tiny_config, tiny_source, tiny_sheets, tiny_model.tokenizer, tiny_classes)
     watch.Samples(tiny_config, feed, tmp_path, 1)(40, tiny_model.params)
-    (row,) = [json.loads(s) for s in (tmp_path / "samples.jsonl").open()]
+    (row,) = [json.loads(s) for s in (tmp_path / "samples.jsonl").read_text().splitlines()]
     asked = tiny_source[0].questions[0]
     seen = ask.see(tiny_model, tiny_source[0].image, "base", vrc=False)
     want = "".join(ask.answer(tiny_model, [seen], asked.text, watch.NEW))
