@@ -2,7 +2,7 @@
 
 Every recipe is measured in JAX with activations in bf16, on the very integers that a file would hold. Those of RECIPES
 that say so are exported too and answer from their files, whose activations the runtime rounds to 8 bits as it goes.
-`--limit N` takes N screens of each split, `--quick` 8 of them and two recipes. Times are not measured: it may share its
+`--screens N` takes N screens of each split, `--quick` 8 of them and two recipes. Times are not measured: it may share its
 machine.
 """
 
@@ -114,14 +114,14 @@ def measure(model: Model, screens: Sequence[Screen], branch: str, ways: dict[str
 def options(parser: ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--branch", choices=("base", "large"), default="base")
-    parser.add_argument("--limit", type=int, help="screens of each split (default: all)")
+    parser.add_argument("--screens", type=int, help="of each split (default: all)")
 
 
 def main() -> int:
     args = arguments(__doc__, more=options)
     compile_cache()
     model, where = load_model(args.model)
-    tests = judge.held_out(judge.trained_on(model), args.data, 8 if args.quick else args.limit)
+    tests = judge.held_out(judge.trained_on(model), args.data, 8 if args.quick else args.screens)
     screens = [s for some in tests.values() for s in some]
     ways = {k: w for k, w in WAYS.items() if w.files} if args.quick else WAYS
     found = measure(model, screens, args.branch, ways)

@@ -302,7 +302,7 @@ class Checkpoints:
         """Whether what a checkpoint says of itself can be read, and is not `like`."""
         try:
             return _shapes(self._manager.item_metadata(step).tree) != _shapes(like)
-        except Exception:
+        except Exception:  # of many kinds, all of which say damaged; the caller has the first error and tells it
             return False
 
     def close(self) -> None:

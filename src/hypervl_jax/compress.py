@@ -13,7 +13,7 @@ import functools
 import itertools
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -218,12 +218,9 @@ def train(
     if not np.isfinite(targets).all():
         raise CompressError("targets are not finite: train on the labelled pictures only, LabelSet.kept")
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    opt, order, losses = _optimizer(how).init(params), np.zeros(0, int), []
-    with tqdm(range(how.steps), desc="vrc", unit="step", disable=not progress) as bar:
-        for step in bar:
-            if len(order) < how.batch:
-                order = np.concatenate([order, rng.permutation(n)])
-            pick, order = order[: how.batch], order[how.batch :]
+    opt, losses = _optimizer(how).init(params), []
+    with tqdm(draws(rng, n, how.batch, how.steps), "vrc", how.steps, unit="step", disable=not progress) as bar:
+        for step, pick in enumerate(bar):
             params, opt, loss = _step(params, opt, varied(rng, proxies[pick])[0], targets[pick], cfg, how)
             losses.append(loss)
             if step % 20 == 0 or step + 1 == how.steps:  # reading the loss waits for the device
@@ -231,6 +228,16 @@ def train(
                     raise CompressError(f"the loss is {float(loss)} by step {step}; lower the rate {how.lr}")
                 bar.set_postfix(mse=f"{float(loss):.4f}")
     return params, np.asarray(losses, np.float32)
+
+
+def draws(rng: np.random.Generator, n: int, batch: int, steps: int) -> Iterator[np.ndarray]:
+    """Which of n samples each step takes, i64[batch]: permutations, one after another."""
+    order = np.zeros(0, int)
+    for _ in range(steps):
+        while len(order) < batch:
+            order = np.concatenate([order, rng.permutation(n)])
+        yield order[:batch]
+        order = order[batch:]
 
 
 def varied(rng: np.random.Generator, proxies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

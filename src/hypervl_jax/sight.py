@@ -83,18 +83,15 @@ def train(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     wide, trunk = params["pool"]["weight"].shape[-1], {k: v for k, v in params.items() if k.startswith("block_")}
     learnt = {"trunk": trunk, "names": jnp.zeros((names, wide)), "size": jnp.zeros(wide), "mean": jnp.zeros(())}
-    opt, order, history = _optimizer(how).init(learnt), np.zeros(0, int), []
-    with tqdm(range(how.sight_steps), desc="sight", unit="step", disable=not progress) as bar:
-        for step in bar:
-            if len(order) < how.batch:
-                order = np.concatenate([order, rng.permutation(n)])
-            pick, order = order[: how.batch], order[how.batch :]
+    opt, history, steps = _optimizer(how).init(learnt), [], how.sight_steps
+    with tqdm(compress.draws(rng, n, how.batch, steps), "sight", steps, unit="step", disable=not progress) as bar:
+        for step, pick in enumerate(bar):
             proxies, flipped = compress.varied(rng, sights.proxies[pick])
             boxes = np.stack([_flip(sights.boxes[i], side, f) for i, f in zip(pick, flipped, strict=True)])
             seen = proxies, shares(boxes, side), sights.names[pick], sights.sizes[pick]
             learnt, opt, parts = _step(learnt, opt, *seen, cfg, how)
             history.append(parts)
-            if step % 20 == 0 or step + 1 == how.sight_steps:
+            if step % 20 == 0 or step + 1 == steps:
                 name, size = np.asarray(parts)
                 if not np.isfinite(name + size):
                     raise compress.CompressError(f"the loss is {name} by step {step}; lower sight_lr {how.sight_lr}")
