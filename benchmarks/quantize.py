@@ -2,7 +2,7 @@
 
 Every recipe is measured in JAX with activations in bf16, on the very integers that a file would hold. Those of RECIPES
 that say so are exported too and answer from their files, whose activations the runtime rounds to 8 bits as it goes.
-`--screens N` takes N screens of each split, `--quick` 8 of them and two recipes. Times are not measured: it may share its
+`--screens N` takes N of each split, `--quick` 8 of them and two recipes. Times are not measured, so it may share a
 machine.
 """
 
