@@ -40,7 +40,7 @@ nano: $(STAMP) ## the same with 64 things and five tasks (hours on two cores)
 	$(BIN)/hypervl quickstart --config configs/nano.py --out runs/nano
 
 test: parity lint typecheck ## lint, types and all tests
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -50,11 +50,11 @@ format: $(STAMP) ## ruff: rewrite in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(STAMP) ## pyright on src
+typecheck: $(STAMP) ## pyright
 	$(BIN)/pyright
 
 bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
-	@status=0; for f in tiling_memory load_memory losses resume inference nano export vrc "dcl --ablate-names"; do set -- $$f; \
+	@status=0; for f in tiling_memory load_memory losses resume inference nano export quantize "vrc --table 2000" "dcl --ablate-names"; do set -- $$f; \
 		$(BIN)/python benchmarks/$$1.py $${@:2} || status=1; done; exit $$status
 
 bench-gpu: $(STAMP) ## speed on a GPU at the paper's sizes, beside transformers where torch is; says so where there is no GPU

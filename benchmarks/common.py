@@ -26,7 +26,7 @@ from hypervl_jax.bench import told
 from hypervl_jax.needs import DEFAULT
 
 HERE = Path(__file__).parent
-PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert")
+PACKAGES = ("hypervl-jax", "jax", "jaxlib", "flax", "optax", "numpy", "litert-converter", "ai-edge-litert", "libtpu")
 
 
 def arguments(
@@ -87,6 +87,17 @@ def finish(
     for bar in bars:
         print(bar)
     return int(not all(bar.ok for bar in bars))
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """JSON that is kept at `path`, made where it is not there: long benchmarks go on where they were interrupted."""
+    if not path.exists():
+        made = json.dumps(make(), indent=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(made)
+        part.replace(path)
+    return json.loads(path.read_text())
 
 
 def _finite(value: Any) -> Any:

@@ -34,7 +34,7 @@ from hypervl_jax import checkpoint, evaluate, presets, quickstart, train
 from hypervl_jax import judge as judging
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
-from hypervl_jax.data import feeds, tfds_builders
+from hypervl_jax.data import feeds, pipeline, tfds_builders
 from hypervl_jax.data.screens import Screen
 
 ON, OFF, NAMELESS = "kl", "plain", "nameless"
@@ -70,8 +70,8 @@ class Lab(NamedTuple):
 
     path: Path
     cfg: Config
-    train: tfds_builders.ScreenSource
-    sheets: tfds_builders.ScreenSource
+    train: pipeline.Source
+    sheets: pipeline.Source
     tokenizer: evaluate.tokens.Tokenizer
     classes: tuple[str, ...]
 

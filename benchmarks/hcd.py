@@ -1,32 +1,44 @@
-"""HCD with real weights on real pictures: plain, small picture moved, both moved; dB and SSIM an image and on average.
+"""HCD with real weights on real pictures: plain, small picture moved, both moved; dB and SSIM a picture and on average.
 
-FIRN x4 and IMDN x2, x4 at the official setting, each restored with `--draws` draws of noise. Set5 carries the bars,
-Set14 is printed beside it. `--quick` takes one batch of 96 x 96 crops of Set5 with FIRN and the budget of a 256 x 256
-picture. Pictures and weights: `--data`, laid out as its SOURCES.md says.
+    python benchmarks/hcd.py --sets Set5              # what carries the bars; the other sets are printed beside it
+    python benchmarks/hcd.py --sets Set5 Set14 kodak  # all tables
+
+FIRN x4 and IMDN x4, x2 at the official setting, the light pairs where they ship, and in a column of its own the setting
+that `hcd_setting.py` chose, where it has been run. Restored with `--draws` draws of noise. Every picture's figures are
+kept under .cache/benchmarks/hcd, so that the same command goes on where it was interrupted; the results file holds
+every set that is complete. `--quick` takes one batch of 96 x 96 crops of Set5 with FIRN and the budget of a 256 x 256
+picture. Pictures and weights: `--data`, laid out as its SOURCES.md says, Kodak's in the folder beside it.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import math
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import HERE, Bar, arguments, compile_cache, finish
+from common import HERE, Bar, arguments, compile_cache, finish, once
 from tqdm import tqdm
 
 from hypervl_jax import image
 from hypervl_jax.rescale import hcd, metrics, weights
-from hypervl_jax.rescale.hcd import HcdConfig
+from hypervl_jax.rescale.hcd import Descent, HcdConfig
 from hypervl_jax.rescale.imdn import Imdn
 from hypervl_jax.rescale.irn import firn
 from hypervl_jax.rescale.pairs import Pair
 
 CROP = 96
+SETS = ("Set5", "Set14", "kodak")
 WAYS = {"plain": HcdConfig(hr_steps=0, lr_steps=0), "LR15": HcdConfig(hr_steps=0), "HR15+LR15": HcdConfig()}
 FIGURES = ("psnr_y", "ssim_y", "psnr_rgb", "lr_psnr")
 # What the official networks gave, with HCD written anew from its code: PSNR-Y, SSIM, +- dB; of crops, the gain
@@ -59,11 +71,12 @@ def measure(pair: Pair, scale: int, hr: np.ndarray, ways: dict[str, HcdConfig], 
     return found
 
 
-def over(name: str, run: Callable[[np.ndarray], dict], some: dict[str, np.ndarray]) -> dict:
-    """{way: {picture: figures}} of a set, and its table; pictures of a set differ in size, so one at a time."""
+def over(name: str, run: Callable[[np.ndarray], dict], some: dict[str, np.ndarray], kept: Path) -> dict:
+    """{way: {picture: figures}} of a set, and its table; pictures of a set differ in size, so one at a time. What is
+    kept of a picture is not measured again."""
     found: dict = {}
     for stem, hr in tqdm(some.items(), desc=name):
-        for way, (row,) in run(hr[None]).items():
+        for way, row in once(kept / f"{stem}.json", lambda hr=hr: {w: r for w, (r,) in run(hr[None]).items()}).items():
             found.setdefault(way, {})[stem] = row
     table(name, found)
     return found
@@ -100,42 +113,113 @@ def quick(data: Path, draws: int) -> tuple[dict, list[Bar]]:
     rows = measure(pair, 4, np.stack(list(middle.values())), ways, draws)
     found = {way: dict(zip(middle, r, strict=True)) for way, r in rows.items()}
     table("FIRN x4, crops of Set5", found)
-    bars = [
+    held = [
         Bar(f"hcd.crops_{way}_off", abs(float(np.mean(gains(found, way))) - CROPS[way]), 0.05, "<=") for way in CROPS
     ]
-    return {"crops": found}, bars
+    return {"crops": found}, held
 
 
-def full(data: Path, draws: int) -> tuple[dict, list[Bar]]:
-    out, bars = {}, []
-    pair = weights.load(firn(), data / "weights" / "firn_x4.npz")
-    for name in ("Set5", "Set14"):
-        out[f"firn_x4_{name}"] = over(
-            f"FIRN x4, {name}", lambda hr: measure(pair, 4, hr, WAYS, draws), pictures(data / name, 4)
-        )
-    found = out["firn_x4_Set5"]
-    for way, (db, structure, off) in SET5.items():
-        bars.append(Bar(f"hcd.firn_{way}_psnr_off", abs(mean(found[way], "psnr_y") - db), off, "<="))
-        bars.append(Bar(f"hcd.firn_{way}_ssim_off", abs(mean(found[way], "ssim_y") - structure), 0.002, "<="))
-    bars += [Bar(f"hcd.firn_{way}_least_gain", min(gains(found, way)), 0.0) for way in ("LR15", "HR15+LR15")]
+class Task(NamedTuple):
+    """One table: a pair on a set."""
+
+    label: str  # firn_x4_Set5
+    pair: Pair
+    folder: Path
+    ways: dict[str, HcdConfig]
+    draws: int
+
+    def kept(self, root: Path) -> Path:
+        """Where its figures are: a folder that says what made them."""
+        ways = [(way, digest(config)) for way, config in self.ways.items()]
+        told = weights.fingerprint(self.pair), ways, self.draws, _code()
+        return root / self.label / hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+
+
+def digest(config: HcdConfig) -> str:
+    """Twelve digits that name a setting."""
+    told = asdict(config) | {"loss": config.loss.__name__}
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _code() -> str:
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for name in ("hcd", "imdn", "irn", "layers", "metrics", "pairs", "resample"):
+        digest.update((HERE.parent / "src/hypervl_jax/rescale" / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def tasks(data: Path, draws: int) -> list[Task]:
+    """Every table there are weights and pictures for."""
+    own = {} if (config := chosen(HERE / "results")) is None else {"own": config}
+    alone = {way: WAYS[way] for way in ("plain", "LR15")}  # of bicubic, whose large picture nothing is gained by moving
+    pairs = [("firn_x4", weights.load(firn(), data / "weights" / "firn_x4.npz"), WAYS | own, draws)]
     for scale in (4, 2):
-        pair = weights.load(Imdn(scale), data / "weights" / f"imdn_x{scale}.npz")
-        ways = {way: WAYS[way] for way in ("plain", "LR15")}
-        some = {stem: hr for stem, hr in pictures(data / "Set5", scale).items() if stem != "baby"}
-        found = out[f"imdn_x{scale}_Set5"] = over(
-            f"IMDN x{scale}, Set5 without baby",
-            lambda hr, pair=pair, scale=scale, ways=ways: measure(pair, scale, hr, ways, 1),
-            some,
-        )
-        for way in ways:
-            off = abs(mean(found[way], "psnr_y") - IMDN[scale, way])
-            bars.append(Bar(f"hcd.imdn_x{scale}_{way}_psnr_off", off, 0.05, "<="))
-    return out, bars
+        pairs.append((f"imdn_x{scale}", weights.load(Imdn(scale), data / "weights" / f"imdn_x{scale}.npz"), alone, 1))
+        if (ours := weights.SHIPPED / f"light_x{scale}.npz").exists():
+            pairs.append((f"light_x{scale}", weights.recognise(ours), WAYS | own, 1))  # it draws nothing
+    folders = {"Set5": data / "Set5", "Set14": data / "Set14", "kodak": data.parent / "kodak"}
+    return [
+        Task(f"{label}_{name}", pair, folder, ways, n)
+        for label, pair, ways, n in pairs
+        for name, folder in folders.items()
+        if folder.is_dir()
+    ]
+
+
+def full(data: Path, draws: int, sets: Sequence[str], kept: Path) -> tuple[dict, list[Bar]]:
+    out = {}
+    for task in tasks(data, draws):
+        scale, some = int(task.pair.scale), pictures(task.folder, int(task.pair.scale))
+        where = task.kept(kept)
+        if task.folder.name in sets or all((where / f"{stem}.json").exists() for stem in some):
+            out[task.label] = over(
+                task.label.replace("_", " "),
+                lambda hr, t=task, s=scale: measure(t.pair, s, hr, t.ways, t.draws),
+                some,
+                where,
+            )
+    return out, bars(out)
+
+
+def bars(out: dict) -> list[Bar]:
+    """What must hold of the tables that are there."""
+    made = []
+    if (found := out.get("firn_x4_Set5")) is not None:
+        for way, (db, structure, off) in SET5.items():
+            made.append(Bar(f"hcd.firn_{way}_psnr_off", abs(mean(found[way], "psnr_y") - db), off, "<="))
+            made.append(Bar(f"hcd.firn_{way}_ssim_off", abs(mean(found[way], "ssim_y") - structure), 0.002, "<="))
+        made += [Bar(f"hcd.firn_{way}_least_gain", min(gains(found, way)), 0.0) for way in ("LR15", "HR15+LR15")]
+    for scale in (4, 2):
+        if (found := out.get(f"imdn_x{scale}_Set5")) is not None:
+            for way, rows in found.items():
+                some = {stem: row for stem, row in rows.items() if stem != "baby"}
+                off = abs(mean(some, "psnr_y") - IMDN[scale, way])
+                made.append(Bar(f"hcd.imdn_x{scale}_{way}_psnr_off", off, 0.05, "<="))
+        if (found := out.get(f"light_x{scale}_Set5")) is not None:
+            made.append(Bar(f"hcd.light_x{scale}_least_gain", min(gains(found, "HR15+LR15")), 0.0))
+            made.append(Bar(f"hcd.light_x{scale}_mean_gain", float(np.mean(gains(found, "HR15+LR15"))), 0.2))
+    for label, found in out.items():
+        if "own" in found:
+            more = mean(found["own"], "psnr_y") - mean(found["HR15+LR15"], "psnr_y")
+            made.append(Bar(f"hcd.own_above_official_{label}", more, 0.0))
+    return made
+
+
+def chosen(results: Path) -> HcdConfig | None:
+    """What `hcd_setting.py` wrote last; None where there is nothing."""
+    for path in sorted(results.glob("hcd_setting-*.json")):
+        told = json.loads(path.read_text())["metrics"]["chosen"]["config"]
+        told |= {k: {n: math.inf if v is None else v for n, v in told[k].items()} for k in ("hr", "lr")}
+        how: dict[str, Any] = {k: Descent(**told[k]) for k in ("hr", "lr")}
+        return HcdConfig(told["hr_steps"], told["lr_steps"], **how, eps_mode=told["eps_mode"])
+    return None
 
 
 def options(parser: ArgumentParser) -> None:
     shared = Path(os.environ.get("HYPERVL_SHARED", HERE.parents[1] / "shared"))
     parser.add_argument("--data", type=Path, default=shared / "data" / "rescaling", help="pictures and weights")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="of pictures (default: all)")
     parser.add_argument("--draws", type=int, default=3, help="of noise, a restored picture (default: 3)")
 
 
@@ -144,8 +228,9 @@ def main() -> int:
     if not (args.data / "Set5").is_dir():
         sys.exit(f"{args.data}: no pictures and weights there; name their folder with --data")
     compile_cache()
-    found, bars = (quick if args.quick else full)(args.data, args.draws)
-    return finish("hcd", found, bars, args, seeds=[0])
+    kept = HERE.parent / ".cache" / "benchmarks" / "hcd"
+    found, held = quick(args.data, args.draws) if args.quick else full(args.data, args.draws, args.sets, kept)
+    return finish("hcd", found, held, args, seeds=[0])
 
 
 if __name__ == "__main__":

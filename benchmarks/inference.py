@@ -1,22 +1,25 @@
-"""How fast a picture is encoded and an answer made: this library and transformers in torch, in one run, same weights.
+"""How fast a picture is encoded and an answer made: this library, transformers in torch and llama.cpp, in one run.
 
   encode    one tile through either branch, to patch features
   prefill   512 and 2,048 tokens in one program
-  decode    tokens one after another behind 512; weights in f32 and bf16, and here in 8 and 4 bits
+  decode    tokens one after another behind 512; weights in f32 and bf16, here and in llama.cpp also in 8 and 4 bits
   picture   time to the first token about a square picture of 256 to 2,048 pixels: tiles through Base, then the prompt
 
-Both run on the same cores and in the same dtype, one call of each after the other in every round; a figure is the
-median over the rounds, of ratios as of times. That both compute the same is checked first. On a CPU models keep a sixth
-of their layers (SigLIP Base and Large at 512 px) or a seventh of them and of the vocabulary (Qwen3-0.6B). `--gpu` takes
-the whole of `configs/hypervl_1p7b.py` in bf16, and a training step of it, and compares with what a plain copy and a
-plain product reach on the same device. `--quick` takes tiny models. Accuracy: how many answers of nano stay the same in
-narrow weights.
+All run on the same cores, from the same weights and in the same dtype, one call of each after the other in every round;
+a figure is the median over the rounds, of ratios as of times. That they compute the same is checked first. What is not
+installed is left out, and it is said; llama.cpp is there for the decoder on a CPU.
+
+On a CPU models keep a sixth of their layers (SigLIP Base and Large at 512 px) or a seventh of them and of the
+vocabulary (Qwen3-0.6B). `--gpu` takes the whole of `configs/hypervl_1p7b.py` in bf16, and a training step of it, and
+compares with what a plain copy and a plain product reach on the same device. `--quick` takes tiny models. Accuracy: how
+many answers of nano stay the same in narrow weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,6 +32,8 @@ from common import Bar, arguments, compile_cache, finish
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
 ENCODE, READ, DECODE, EIGHT_BITS, MEMORY = 1.1, 1.1, 0.55, 1.0, 0.27  # bars, of time and of bytes
+ALIKE = {"float32": 1e-4, "bfloat16": 0.1}  # how far both sides may differ, of the largest value
+PAUSE = 0.02  # seconds before a call: threads of OpenMP, torch's and llama.cpp's, spin for milliseconds after theirs
 
 
 class Sizes(NamedTuple):
@@ -61,12 +66,14 @@ def sizes(args: Namespace) -> Sizes:
 
 def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, dict[str, float]]:
     """Each call once a round, one after the other: {name: {"seconds", "cpu_seconds", and "over_first",
-    "cpu_over_first", its ratio to the first call of the same round}}, medians. One round before is not counted."""
+    "cpu_over_first", its ratio to the first call of the same round}}, medians. One round before is not counted, and no
+    call begins before the threads of the last one sleep."""
     import numpy as np
 
     wall, cpu = np.zeros((n + 1, len(calls))), np.zeros((n + 1, len(calls)))
     for r in range(n + 1):
         for i, call in enumerate(calls.values()):
+            time.sleep(PAUSE)
             w, c = time.perf_counter(), time.process_time()
             call()
             wall[r, i], cpu[r, i] = time.perf_counter() - w, time.process_time() - c
@@ -85,19 +92,27 @@ def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, dict[str
 def table(what: str, found: dict[str, dict[str, float]], per: int = 1) -> None:
     for name, row in found.items():
         wall, cpu = (1e3 * row[key] / per for key in ("seconds", "cpu_seconds"))
-        print(f"{what:16s} {name:16s} {wall:10.2f} ms x {row['over_first']:5.2f}   "
+        print(f"{what:16s} {name:18s} {wall:10.2f} ms x {row['over_first']:5.2f}   "
               f"CPU time {cpu:10.2f} ms x {row['cpu_over_first']:5.2f}", flush=True)  # fmt: skip
 
 
-def close(what: str, ours: Any, theirs: Any, tolerance: float) -> float:
+def close(what: str, ours: Any, theirs: Any, tolerance: float, whose: str = "torch") -> float:
     """The largest difference over the largest value. Ends the run where both do not compute the same."""
     import numpy as np
 
-    theirs = np.asarray(theirs.float().cpu())
+    theirs = np.asarray(theirs.float().cpu() if hasattr(theirs, "cpu") else theirs)
     error = float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
     if not error <= tolerance:
-        sys.exit(f"{what}: {error:.1e} from transformers, more than {tolerance:g}: nothing to compare")
+        sys.exit(f"{what}: {error:.1e} from {whose}, more than {tolerance:g}: nothing to compare")
     return error
+
+
+def beside(script: str, *needs: str) -> Any:
+    """The other side of that name, or None, said, where something it needs is not installed."""
+    if missing := [name for name in needs if not importlib.util.find_spec(name)]:
+        print(f"not installed, so left out: {' and '.join(missing)} (benchmarks/{script}.py says how to have it)")
+        return None
+    return importlib.import_module(script)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -125,7 +140,7 @@ def keep(params: dict, kind: str) -> dict:
 
     recipe = quantize.RECIPES.get(kind)
     kept = quantize.quantize(params, recipe) if recipe else params
-    kept = kept if bits else jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(kind)), kept)
+    kept = kept if recipe else jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(kind)), kept)
     llm = {"llm": unstack(kept["llm"])} if "llm" in kept else {}
     return jax.device_put(kept | llm, may_alias=True)
 
@@ -147,7 +162,7 @@ def encode(size: Sizes, params: dict, peers: Any, device: str) -> dict[str, Any]
         calls: dict[str, Callable] = {"jax": lambda run=run, mine=mine: jax.block_until_ready(run(mine, tile, mask))}
         if peers:
             theirs = peers.Encoder(cfg.vit(branch), params[branch]["vit"], device, size.dtype)
-            error = close(f"encode {branch}", calls["jax"](), theirs(tile), 1e-4 if size.dtype == "float32" else 0.1)
+            error = close(f"encode {branch}", calls["jax"](), theirs(tile), ALIKE[size.dtype])
             calls = {"torch": lambda theirs=theirs: theirs(tile), **calls}
         out[branch] = {**rounds(calls, size.rounds), "temporary_bytes": temporary(run)}
         out[branch] |= {"relative_error": error} if peers else {}
@@ -165,7 +180,7 @@ class Decoder:
         from hypervl_jax import generate, lengths
         from hypervl_jax.model import llm
 
-        self.cfg, self.params, self.tokens = size.model, keep({"llm": params["llm"]}, kind), size.tokens
+        self.cfg, self.params = size.model, keep({"llm": params["llm"]}, kind)
         cfg, none = self.cfg, jnp.zeros(self.cfg.llm.vocab, bool)
         dtype = llm.dtype(self.params["llm"])
         self.rooms = {n: lengths.room(n + (size.rounds + 2) * size.tokens) for n in size.prompts}
@@ -194,39 +209,47 @@ class Decoder:
         self.state = self.fills[ids.shape[1]](self.params, self.empty(ids.shape[1]), ids)
         return jax.block_until_ready(self.state.logits)
 
-    def decode(self) -> list[int]:
+    def decode(self, tokens: int) -> list[int]:
         said = []
-        for _ in range(self.tokens):
+        for _ in range(tokens):
             self.state, token = self.step(self.params, self.state)
             said.append(token.item())
         return said
 
 
-def decoder(size: Sizes, params: dict, peers: Any, device: str, gpu: bool) -> dict[str, Any]:
-    """Prefill and decode of every kind of weights, beside torch in the dtype of this run and in bf16."""
+def decoder(size: Sizes, params: dict, peers: Any, llamacpp: Any, device: str, threads: int) -> dict[str, Any]:
+    """Prefill and decode of every kind of weights, beside torch in those kinds that it has and llama.cpp in all."""
     import numpy as np
 
     cfg, rng = size.model, np.random.default_rng(1)
-    kinds = [size.dtype, *(k for k in KINDS if k != size.dtype and not (gpu and k == "float32"))]
+    kinds = [size.dtype, *(k for k in KINDS if k != size.dtype and not (device == "cuda" and k == "float32"))]
     mine = {k: Decoder(size, params, k) for k in kinds}
-    theirs = {}
+    theirs, native = {}, {}
     if peers:
         theirs = {f"torch {k}": peers.Decoder(cfg.llm, params["llm"], device, k) for k in kinds if "int" not in k}
+    if llamacpp:
+        room = max(size.prompts) + (size.rounds + 2) * size.tokens
+        native = {f"llama.cpp {k}": llamacpp.Decoder(cfg.llm, params["llm"], k, room, threads) for k in llamacpp.TYPES}
     out: dict[str, Any] = {"kinds": {k: {"bytes": d.bytes, "temporary": d.temporary} for k, d in mine.items()}}
-    order = {**theirs, **{f"jax {k}": d for k, d in mine.items()}}
+    out["llama.cpp_bytes"] = {k: d.bytes for k, d in native.items()}
+    order = {**theirs, **{f"jax {k}": d for k, d in mine.items()}, **native}
+    others = [name for name, there in (("torch", theirs), ("llama.cpp", native)) if there]
     for n in size.prompts:
-        ids = rng.integers(0, cfg.llm.vocab, (1, n)).astype(np.int32)
-        if peers:
-            tolerance = 1e-4 if size.dtype == "float32" else 0.1
-            got, want = mine[size.dtype].prefill(ids), theirs[f"torch {size.dtype}"].prefill(ids)
-            out[f"prefill_{n}_relative_error"] = close(f"prefill {n}", got, want, tolerance)
+        ids, tolerance = rng.integers(0, cfg.llm.vocab, (1, n)).astype(np.int32), ALIKE[size.dtype]
+        got = mine[size.dtype].prefill(ids)
+        out[f"prefill_{n}_relative_error"] = {
+            name: close(f"prefill {n}", got, order[f"{name} {size.dtype}"].prefill(ids), tolerance, name)
+            for name in others
+        }
         out[f"prefill_{n}"] = rounds({k: lambda d=d, ids=ids: d.prefill(ids) for k, d in order.items()}, size.rounds)
         table(f"prefill {n}", out[f"prefill_{n}"])
         if n == size.prompts[0]:
-            calls = {k: (lambda d=d: d.decode(size.tokens)) if "torch" in k else d.decode for k, d in order.items()}
-            if peers and (said := calls[f"jax {size.dtype}"]()) != (other := calls[f"torch {size.dtype}"]()):
-                same = next(i for i, (a, b) in enumerate(zip(said, other, strict=True)) if a != b)
-                print(f"decode: the first {same} of {len(said)} greedy tokens are torch's")
+            calls = {k: lambda d=d: d.decode(size.tokens) for k, d in order.items()}
+            said = calls[f"jax {size.dtype}"]()
+            for name in others:
+                if said != (other := calls[f"{name} {size.dtype}"]()):
+                    same = next(i for i, (a, b) in enumerate(zip(said, other, strict=True)) if a != b)
+                    print(f"decode: the first {same} of {len(said)} greedy tokens are those of {name}")
             out["decode"] = rounds(calls, size.rounds)
             for row in out["decode"].values():
                 row["tokens_per_second"] = size.tokens / row["seconds"]
@@ -432,25 +455,25 @@ def main() -> int:
         sys.exit(f"--gpu: no GPU here, JAX sees {jax.devices()[0].device_kind} alone; install jax[cuda12] on a machine "
                  "with one (--quick --gpu walks through it on a CPU)")  # fmt: skip
     compile_cache()
-    peers = None
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        import peers
-        import torch
+    peers, llamacpp = beside("peers", "torch", "transformers"), None
+    if peers:
+        import torch  # type: ignore
 
         torch.set_num_threads(len(cores))
         if gpu and not torch.cuda.is_available():
             sys.exit("JAX sees a GPU and torch does not: install a torch of the same CUDA, or leave torch out")
-    else:
-        print("torch and transformers are not installed: this library alone, no ratios to them")
+    if not gpu:
+        llamacpp = beside("llamacpp", "llama_cpp", "gguf")
     size = sizes(args)
     device = "cuda" if gpu else "cpu"
     params = weights(size)
     metrics: dict[str, Any] = {
-        "threads": len(cores), "dtype": size.dtype, "torch": peers and torch.__version__, "rounds": size.rounds,
+        "threads": len(cores), "dtype": size.dtype, "rounds": size.rounds,
+        "torch": peers and torch.__version__, "llama.cpp": llamacpp and llamacpp.VERSION,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }  # fmt: skip
     metrics["encode"] = encode(size, params, peers, device)
-    metrics["decoder"] = decoder(size, params, peers, device, gpu)
+    metrics["decoder"] = decoder(size, params, peers, llamacpp, device, len(cores))
     metrics["first_token"] = first_token(size, params, peers, device)
     metrics["agreement"] = agreement(5 if args.quick else 100)
     if args.gpu:

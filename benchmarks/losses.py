@@ -30,7 +30,7 @@ TAU = 2.0
 def next_token(chunk: int) -> Callable:
     def loss(hidden, head, targets):
         if chunk:
-            return losses.chunked_cross_entropy(hidden, head, targets, chunk).mean()
+            return jnp.mean(losses.chunked_cross_entropy(hidden, head, targets, chunk))
         return losses.cross_entropy(matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32), targets).mean()
 
     return jax.value_and_grad(loss, argnums=(0, 1))

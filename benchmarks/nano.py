@@ -18,11 +18,11 @@ from common import Bar, arguments, compile_cache, finish, load_model, model_opti
 
 from hypervl_jax import evaluate, judge
 from hypervl_jax.checkpoint import Model
-from hypervl_jax.config import BRANCHES
+from hypervl_jax.config import BRANCHES, Branch
 from hypervl_jax.data.screens import Screen
 from hypervl_jax.evaluate import Accuracy, Answer
 
-WAYS = tuple((branch, shrink) for branch in BRANCHES for shrink in (False, True))
+WAYS: list[tuple[Branch, bool]] = [(branch, shrink) for branch in BRANCHES for shrink in (False, True)]
 Table = dict[str, dict[str, float]]  # "task_known" or "task_unseen" -> mean, n, low, high
 
 

@@ -1,6 +1,6 @@
 """What `inference.py` measures against: transformers' SigLIP and Qwen3 in torch, same sizes, the very same weights.
 
-Imported only where torch is installed.
+Imported only where torch and transformers are installed (`pip install '.[parity]'`).
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+import torch  # type: ignore
+from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel  # type: ignore
 
 from hypervl_jax import layouts
 from hypervl_jax.config import LlmConfig, VitConfig
@@ -66,7 +66,7 @@ class Decoder:
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         self.model = _filled(Qwen3ForCausalLM(config), _state(params, layouts.llm(cfg)), device, dtype)
-        self.device, self.cache, self.logits = device, None, None
+        self.device = device
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> torch.Tensor:

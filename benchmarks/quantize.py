@@ -1,9 +1,14 @@
 """What 8 and 4 bits cost on held-out screens: points lost a task, paired with the same model in f32.
 
-Every recipe is measured in JAX with activations in bf16, on the very integers that a file would hold. Those of RECIPES
-that say so are exported too and answer from their files, whose activations the runtime rounds to 8 bits as it goes.
-`--screens N` takes N of each split, `--quick` 8 of them and two recipes. Times are not measured, so it may share a
-machine.
+Three parts, all on the very integers that a file holds:
+
+    methods      group size x method x task, activations in f32, on `--table` screens of each split; and the drift, the
+                 nats a token of the true answers by which the model diverges from itself in f32
+    activations  the headline's recipe in JAX with activations in f32, bf16 and int16, on `--screens` of each split
+    files        the headline's files in their runtime, which rounds rows to 8 bits as it goes, on the same screens
+
+`--quick` takes 6 screens of each split, which say nothing about points, and leaves the files out. Times are not
+measured, so it may share a machine.
 """
 
 from __future__ import annotations
@@ -16,58 +21,48 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from common import Bar, arguments, compile_cache, finish, load_model, model_options, paired
 from tqdm import tqdm
 
-from hypervl_jax import evaluate, judge, quantize
+from hypervl_jax import calibrate, evaluate, judge, quantize
+from hypervl_jax.calibrate import Grams, Sample
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.data.screens import Screen
 from hypervl_jax.evaluate import Answer
 from hypervl_jax.export import parts
+from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import Runtime
-from hypervl_jax.quantize import Quantized, Recipe
 
 POINTS = 0.5  # that a task may lose (the paper: DocVQA 91.3 -> 91.2)
 BITS = 4.6  # a weight of the decoder's layers
+SAMPLES = 128  # that 4 bits are calibrated on
+GROUP = 32  # of the headline
+KINDS = ("f32", "bf16", "int16")
 
 
 class Way(NamedTuple):
-    """A recipe, and whether its files are measured."""
+    """How matrices are kept."""
 
-    recipe: Recipe
-    files: bool = False
+    recipe: quantize.Recipe
+    calibrated: bool = False
 
-
-WAYS = {
-    "int8": Way(quantize.RECIPES["int8"], files=True),
-    "w4a16 group 32": Way(quantize.decoder4(32), files=True),
-    "w4a16 group 64": Way(quantize.decoder4(64)),
-    "w4a16 group 128": Way(quantize.decoder4(128)),
-    "w4a16 a scale a row": Way(quantize.decoder4(None)),
-}
-HEADLINE = "w4a16 group 32"
+    def params(self, model: Model, grams: Sequence[Grams]) -> dict:
+        if self.calibrated:
+            return calibrate.calibrated(model.params, self.recipe, grams)
+        return quantize.quantize(model.params, self.recipe)
 
 
-def in_bf16(params: dict) -> dict:
-    """Parameters with which activations are bf16: all but the matrices in 8 and 4 bits, and VRC."""
+def ways(groups: Sequence[int | None]) -> dict[str, Way]:
+    """8 bits, and for each size of groups (None: a row) the nearest integers and those of GPTQ."""
+    out = {"int8": Way(quantize.RECIPES["int8"])}
+    for group in groups:
+        for method in ("nearest", "gptq"):
+            out[f"{group or 'row'} {method}"] = Way(quantize.decoder4(group), method == "gptq")
+    return out
 
-    def cast(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, Quantized) else jnp.asarray(leaf, jnp.bfloat16)
 
-    narrow = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return narrow | {"vrc": params["vrc"]}
-
-
-def from_files(files: Runtime, screens: Sequence[Screen], branch: str) -> list[Answer]:
-    """What `evaluate.run` gives, from exported files."""
-    coords, said = files.config.text.coords, []
-    for i, s in enumerate(tqdm(screens, desc=f"files {branch}")):
-        for q in s.questions:
-            got = files.answer(s.image, q.text, branch, False, evaluate.NEW).text  # type: ignore  # one of two names
-            said.append(Answer(i, q.task, q.answer, got, evaluate.right(q, got, s.image.shape[:2], coords)))
-    return said
+HEADLINE = f"{GROUP} gptq"
 
 
 def lost(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, dict[str, float]]:
@@ -86,58 +81,104 @@ def same(a: Sequence[Answer], b: Sequence[Answer]) -> float:
     return float(np.mean([x.answer == y.answer for x, y in zip(a, b, strict=True)]))
 
 
-def measure(model: Model, screens: Sequence[Screen], branch: str, ways: dict[str, Way]) -> dict[str, dict]:
-    """For each way: bits, points lost in JAX and, where its files are measured, from them."""
-    plain = evaluate.run(model, branch, screens, progress="f32")  # type: ignore  # one of two names
-    out = {}
-    for name, way in ways.items():
-        params = quantize.quantize(model.params, way.recipe)
-        said = evaluate.run(model._replace(params=in_bf16(params)), branch, screens, progress=name)  # type: ignore
+def methods(
+    model: Model, branch: Any, screens: Sequence[Screen], some: dict[str, Way], grams: Sequence[Grams]
+) -> dict[str, dict]:
+    """For each way: bits, points lost, drift. Weights are the floats that integers stand for: one program for all."""
+    before, out = evaluate.run(model, branch, screens, progress="f32"), {}
+    for name, way in some.items():
+        params = way.params(model, grams)
+        floats = jax.device_put(quantize.restored(params))
+        after = evaluate.run(model._replace(params=floats), branch, screens, progress=name)
+        kl, _, tokens = evaluate.drift(model, floats, branch, screens).sum(0)
         out[name] = {
-            "bits": quantize.bits_per_weight(params["llm"]["blocks"]),
-            "bytes": quantize.nbytes(params),
-            "jax": lost(plain, said),
-            "same_as_f32": same(plain, said),
-        }
-        if way.files:
-            with tempfile.TemporaryDirectory() as folder:
-                made = parts.export(model, Path(folder) / "files", recipe=way.recipe, branches=(branch,))  # type: ignore
-                files = from_files(Runtime(Path(folder) / "files"), screens, branch)
-            out[name] |= {
-                "files": lost(plain, files), "parity": made.parity, "lowered": made.lowered,
-                "file_bytes": {p.name: p.file.bytes for p in made.parts},
-                "same_as_jax": same(said, files),
-            }  # fmt: skip
+            "bits": quantize.bits_per_weight(params["llm"]["blocks"]), "bytes": quantize.nbytes(params),
+            "lost": lost(before, after), "same_as_f32": same(before, after), "drift": float(kl / tokens),
+        }  # fmt: skip
     return out
+
+
+def activations(
+    model: Model, branch: Any, screens: Sequence[Screen], params: dict, kinds: Sequence[str]
+) -> tuple[list[Answer], dict[str, list[Answer]]]:
+    """(answers of the model in f32, {kind: answers}). In bf16 the weights are the integers themselves: what they stand
+    for is no number of bf16."""
+    said = {}
+    for kind in kinds:
+        kept = params if kind == "bf16" else quantize.restored(params)
+        narrow = jax.device_put(quantize.with_activations(kept, kind))
+        said[kind] = evaluate.run(model._replace(params=narrow), branch, screens, progress=f"activations {kind}")
+    return evaluate.run(model, branch, screens, progress="f32"), said
+
+
+def from_files(files: Runtime, screens: Sequence[Screen], branch: Any) -> list[Answer]:
+    """What `evaluate.run` gives, from exported files."""
+    coords, said = files.config.text.coords, []
+    for i, s in enumerate(tqdm(screens, desc=f"files {branch}")):
+        for q in s.questions:
+            got = files.answer(s.image, q.text, branch, False, evaluate.NEW).text
+            said.append(Answer(i, q.task, q.answer, got, evaluate.right(q, got, s.image.shape[:2], coords)))
+    return said
+
+
+def exported(
+    model: Model, branch: Any, screens: Sequence[Screen], way: Way, samples: Sequence[Sample]
+) -> tuple[Manifest, list[Answer]]:
+    """The files of a way, and what they answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        where, chosen = Path(folder) / "files", samples if way.calibrated else ()
+        made = parts.export(model, where, recipe=way.recipe, samples=chosen, branches=(branch,))
+        return made, from_files(Runtime(where), screens, branch)
 
 
 def options(parser: ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--branch", choices=("base", "large"), default="base")
-    parser.add_argument("--screens", type=int, help="of each split (default: all)")
+    parser.add_argument("--screens", type=int, help="of each split, for activations and files (default: all)")
+    parser.add_argument("--table", type=int, default=250, help="of each split, for methods (default: 250)")
+
+
+def told(name: str, losses: dict[str, dict], more: str = "") -> None:
+    tasks = ", ".join(f"{t} {x['mean']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" for t, x in losses.items())
+    print(f"{name:18}{more:24}{tasks}")
 
 
 def main() -> int:
     args = arguments(__doc__, more=options)
     compile_cache()
     model, where = load_model(args.model)
-    tests = judge.held_out(judge.trained_on(model), args.data, 8 if args.quick else args.screens)
-    screens = [s for some in tests.values() for s in some]
-    ways = {k: w for k, w in WAYS.items() if w.files} if args.quick else WAYS
-    found = measure(model, screens, args.branch, ways)
-    print(f"{args.branch}, {len(screens)} screens; points lost to f32, with the worst end of the 95 % interval")
+    cfg = judge.trained_on(model)
+    few, table = (6, 6) if args.quick else (args.screens, args.table)
+    tests = judge.held_out(cfg, args.data, None if few is None else max(few, table))
+
+    def of_each(n: int | None) -> list[Screen]:
+        return [s for some in tests.values() for s in some[:n]]
+
+    some = ways((GROUP,) if args.quick else (32, 64, 128, None))
+    samples = calibrate.from_screens(model, 16 if args.quick else SAMPLES)
+    grams = list(calibrate.grams(model, samples, (args.branch,)))
+    found = methods(model, args.branch, of_each(table), some, grams)
+    print(f"points lost to f32 with the paired 95 % interval; {args.branch}, {len(of_each(table))} screens")
     for name, f in found.items():
-        for how in ("jax", "files"):
-            tasks = ", ".join(f"{t} {x['mean']:+.2f} ({x['high']:+.2f})" for t, x in f.get(how, {}).items())
-            if tasks:
-                print(f"{name:20} {f['bits']:5.2f} bits  {how:5}  {tasks}")
-    bars = [
-        Bar(f"quantize.points_lost_{how}", max(x["mean"] for x in found[HEADLINE][how].values()), POINTS, "<=")
-        for how in ("jax", "files")
-    ]
-    bars.append(Bar("quantize.bits_per_weight", found[HEADLINE]["bits"], BITS, "<="))
-    metrics = {"model": where, "branch": args.branch, "screens": len(screens), "ways": found}
-    return finish("quantize", metrics, bars, args)
+        told(name, f["lost"], f"{f['bits']:.2f} bits, drift {f['drift']:.4f}")
+    before, said = activations(model, args.branch, of_each(few), some[HEADLINE].params(model, grams), KINDS)
+    metrics: dict[str, Any] = {
+        "model": where, "branch": args.branch, "headline": HEADLINE, "samples": len(samples),
+        "screens": {"methods": len(of_each(table)), "activations": len(of_each(few))}, "methods": found,
+    }  # fmt: skip
+    if not args.quick:
+        made, said["files"] = exported(model, args.branch, of_each(few), some[HEADLINE], samples)
+        metrics |= {"parity": made.parity, "lowered": made.lowered, "bytes": {p.name: p.file.bytes for p in made.parts}}
+    acts = {k: {"lost": lost(before, after), "same_as_f32": same(before, after)} for k, after in said.items()}
+    print(f"{HEADLINE} with activations in f32 and 16 bits, and its files; {len(of_each(few))} screens")
+    for kind, f in acts.items():
+        told(kind, f["lost"], f"as f32 {100 * f['same_as_f32']:.2f} %")
+    bars = [Bar("quantize.bits_per_weight", found[HEADLINE]["bits"], BITS, "<=")]
+    bars.append(Bar("quantize.drift_of_nearest", found[f"{GROUP} nearest"]["drift"] / found[HEADLINE]["drift"], 1))
+    if not args.quick:  # a dozen screens cannot tell half a point
+        worst = {kind: max(x["mean"] for x in f["lost"].values()) for kind, f in acts.items()}
+        bars += [Bar(f"quantize.points_lost_{kind}", points, POINTS, "<=") for kind, points in worst.items()]
+    return finish("quantize", metrics | {"activations": acts}, bars, args)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,6 @@ class Plan(NamedTuple):
 
 FULL = Plan(firn(), (320, 640, 1280, 2560), tiles.TILE)
 QUICK = Plan(Irn((1,), growth=4), (256, 512), tiles.LEAST)
-STYLE = """<style>.line{fill:none;stroke-width:2}.line.base{stroke:#2a78b8}.line.large{stroke:#c2571a}
-.rule{stroke:#ddd}text{font:12px sans-serif;fill:#444}
-.dot.base,text.base{fill:#2a78b8}.dot.large,text.large{fill:#c2571a}</style>"""
 
 
 def measure(net: Irn, side: int, tile: int, repeats: int) -> dict:
@@ -154,12 +151,8 @@ def plot(rows: list[dict]) -> str:
         charts.Series(text, [(r["side"] ** 2 / 1e6, r[f"{way}_s"]) for r in rows], colour)
         for way, (text, colour) in said.items()
     ]
-    head, body = charts.lines(series, "million pixels", "seconds", dots=True).split(">", 1)
-    words = "".join(
-        f'<text x="60" y="{24 + 16 * i}" class="{s.colour}">{s.label}, seconds</text>' for i, s in enumerate(series)
-    )
-    alone = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
-    return f"{alone}>{STYLE}{words}{body}\n"
+    drawn = charts.lines(series, "million pixels", "seconds", dots=True)
+    return charts.page([("seconds", drawn)], {colour: text for text, colour in said.values()}, across=1)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ class Audited:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.feed, name)
 
-    def batches(self, start: int) -> Iterator[Any]:
-        for step, batch in enumerate(self.feed.batches(start), start):
+    def batches(self, start: int, rows: Any = None) -> Iterator[Any]:
+        for step, batch in enumerate(self.feed.batches(start, rows), start):
             digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in batch)).hexdigest()[:16]
             with self.path.open("a") as file:
                 row = {"process": os.getpid(), "step": step, "shown": self.feed.shown(step), "digest": digest}
@@ -116,7 +116,7 @@ def worker(out: str, steps: int, pace: float, cache: str) -> None:
 
     source, cfg = records(), settings(steps)
     tokenizer = tokens.train_tokenizer(list(feeds.texts([source])) * 2)
-    feed = Audited(feeds.Conversations(cfg, [source], tokenizer, progress=False), Path(out) / "seen.jsonl", pace)
+    feed: Any = Audited(feeds.Conversations(cfg, [source], tokenizer, progress=False), Path(out) / "seen.jsonl", pace)
     try:
         state = train.run(cfg, feed, Path(out) / "run", QUIET)
     except Stopped as e:

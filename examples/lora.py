@@ -16,7 +16,7 @@ from hypervl_jax.config import LoraConfig
 from hypervl_jax.data import screens
 from hypervl_jax.data.assets import Assets
 
-model, how, words = checkpoint.load_model(*sys.argv[1:] or ["nano"]), LoraConfig(rank=8), {"yes": "ja", "no": "nein"}
+model, how, words = checkpoint.load_model((*sys.argv[1:], "nano")[0]), LoraConfig(rank=8), {"yes": "ja", "no": "nein"}
 toy = replace(presets.nano().data.screens, tasks=("yesno",), max_side=64, max_area=64 * 64)
 drawn = [screens.record(Assets.load(), toy, "train", i) for i in range(160)]
 said = [s._replace(questions=tuple(q._replace(answer=words[q.answer]) for q in s.questions)) for s in drawn]

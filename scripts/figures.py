@@ -1,7 +1,7 @@
-"""Writes the figures of README.md from `benchmarks/results/`, between the markers that frame them.
+"""Writes figures of README.md and docs/ from `benchmarks/results/`, between the markers that frame them, and a plot.
 
-    python scripts/figures.py            rewrite the README
-    python scripts/figures.py --check    only say whether it is up to date (exit status 1 if not)
+    python scripts/figures.py            rewrite the pages and docs/tiling.svg
+    python scripts/figures.py --check    only say whether they are up to date (exit status 1 if not)
 
 Figures are never typed by hand: a test runs the check.
 """
@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hypervl_jax import charts
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PLOT = Path("docs") / "tiling.svg"
 START, END = "<!-- figures: scripts/figures.py -->", "<!-- end of figures -->"
 Result = dict[str, Any]
 
@@ -126,14 +129,82 @@ def inference(r: Result) -> list[str]:
         return []
     kind, decode = m["dtype"], d["decode"]
     times = [f"{b} {m['encode'][b]['jax']['over_first']:.2f}" for b in ("base", "large")]
-    reads = [f"{n.split('_')[1]} tokens {over(d[n], f'jax {kind}', f'torch {kind}'):.2f}" for n in d if is_prefill(n)]
     narrow = [f"{k} {over(decode, f'jax {k}', f'jax {kind}'):.2f}" for k in ("bfloat16", "int8", "int4")]
     return prose(
         "**Speed**, in time of transformers' on the same weights and threads, the same run:",
-        f"encoding a tile {', '.join(times)}; prefill {', '.join(reads)};",
+        f"encoding a tile {', '.join(times)}; prefill {reads(d, f'jax {kind}', f'torch {kind}')};",
         f"decode {over(decode, f'jax {kind}', f'torch {kind}'):.2f}.",
+        *([f"In time of llama.cpp's: {native(d, kind)}."] if m.get("llama.cpp") else []),
         f"A token in narrow weights, in time of {kind}: {', '.join(narrow)} ({where(r)}).",
     )
+
+
+def native(d: dict[str, Any], kind: str) -> str:
+    """The decoder beside llama.cpp's, in the dtype of the run and in the 8 and 4 bits that either has."""
+    pairs = {kind: kind, "int8": "q8_0", "int4": "q4_0"}
+    tokens = [f"{ours} {over(d['decode'], f'jax {ours}', f'llama.cpp {q}'):.2f}" for ours, q in pairs.items()]
+    return f"prefill {reads(d, f'jax {kind}', f'llama.cpp {kind}')}; decode {', '.join(tokens)}"
+
+
+def reads(d: dict[str, Any], a: str, b: str) -> str:
+    """Every length of a prompt, time of a over time of b."""
+    return ", ".join(f"{n.split('_')[1]} tokens {over(d[n], a, b):.2f}" for n in d if is_prefill(n))
+
+
+TILING = {
+    "serial": "serial tiles",
+    "batched": "all tiles at once",
+    "flash": "whole, blocks of scores",
+    "chunked": "whole, query chunks",
+    "whole": "whole",
+}
+
+
+def tiling(r: Result) -> list[str]:
+    """Rows of a table: a way a line; the smallest and the largest picture of the analysis, the largest that ran."""
+    m = r["metrics"]
+    sides = [m["base"]["analysis"][i]["side"] for i in (0, -1)]
+    ran = [m[b]["measured"][-1] for b in ("base", "large") if "measured" in m[b]]
+    run = f" Seconds and peak memory of a run at {ran[0]['side']:,} px." if ran else ""
+    said = prose(
+        "**Serial tiles** at the paper's sizes: MB of working memory of the encoder on a square picture, by compiler",
+        f"analysis, and how many times what serial tiles take.{run} A tile is {sides[0]} px wide.",
+    )
+    heads = [f"{b}, {side:,} px" for b in ("Base", "Large") for side in sides]
+    heads += [f"{b}, run at {row['side']:,} px" for b, row in zip(("Base", "Large"), ran, strict=False)]
+    rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for way, name in TILING.items():
+        cells = [memory(m[b]["analysis"][i], way) for b in ("base", "large") for i in (0, -1)]
+        cells += [f"{row['seconds'][way]:.0f} s, {memory(row, way)}" if row["bytes"][way] else "-" for row in ran]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    plotted = f"![memory and time of the encoders over the side of the picture]({PLOT.as_posix()})"
+    below = f"Solid: by compiler analysis{'; dashed: runs' if ran else ''} ({where(r)})."
+    return [*said, "", *rows, "", plotted, "", below]
+
+
+def memory(row: Result, way: str) -> str:
+    """MB of one way, and how many times what serial tiles take."""
+    times = f" ({x:,.{int(x < 10)}f} x)" if (x := row["over_serial"].get(way)) else ""
+    return f"{row['bytes'][way] / 1e6:,.0f}{times}"
+
+
+def plot(r: Result) -> str:
+    """Memory and time over the side, a row a branch: lines of the analysis, dashed lines of runs."""
+    m, panels = r["metrics"], []
+    for branch in ("base", "large"):
+        rows, runs = m[branch]["analysis"], m[branch].get("measured", ())
+        memory = [lines_of(rows, "bytes", way, way, 1e9) for way in TILING]
+        memory += [lines_of(runs, "bytes", way, f"{way} run", 1e9) for way in TILING]
+        time = [lines_of(runs, "seconds", way, f"{way} run") for way in TILING]
+        name, side = branch.capitalize(), "side of a square picture, pixels"
+        for title, series in (("memory, GB", memory), ("time of a run, s", time)):
+            if drawn := charts.lines(series, side, title, log=True, dots=True):
+                panels.append((f"{name}: {title}", drawn))
+    return charts.page(panels, TILING)
+
+
+def lines_of(rows: Sequence[Result], key: str, way: str, colour: str, unit: float = 1.0) -> charts.Series:
+    return charts.Series(colour, [(row["side"], row[key][way] / unit) for row in rows if row[key][way]], colour)
 
 
 def is_prefill(name: str) -> bool:
@@ -144,35 +215,69 @@ def over(rows: dict[str, dict[str, float]], a: str, b: str) -> float:
     return rows[a]["over_first"] / rows[b]["over_first"]
 
 
-SECTIONS: dict[str, Callable[[Result], list[str]]] = {
-    "nano": nano,
-    "export": export,
-    "inference": inference,
-    "vrc": vrc,
-    "dcl": dcl,
-    "quickstart": quickstart,
+def plans(r: Result) -> list[str]:
+    """A row a stage and machine, smallest slice first as they were compiled; what does not fit says why."""
+    rows = [
+        "| machine | stage | mesh, micro-batches | rows x tokens | memory of a device | step | tokens a day | MFU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for m in r["metrics"]["rows"]:
+        head = f"| {m['machine']} | {m['stage']} | {m['mesh']}, {m['accumulate']} |"
+        if "refused" in m:
+            rows.append(f"{head} {m['refused']} | | | | |")
+            continue
+        (low, high), (few, many) = m["step_seconds"], (t / 1e9 for t in m["tokens_a_day"])
+        least, most = (100 * share for share in m["mfu"])
+        rows.append(
+            f"{head} {m['rows']:,} x {m['tokens']:,} | {m['memory_gb']:.1f} of {m['of_gb']:.0f} GB | "
+            f"{low:.3g}-{high:.3g} s | {few:.3g}-{many:.3g} billion | {least:.0f}-{most:.0f} % |"
+        )
+    said = "The time of a step is that of all at once and of one after another, and what follows from it;"
+    return [*rows, "", *prose(said, f"`python benchmarks/plans.py`, libtpu {r['versions'].get('libtpu', 'unknown')}.")]
+
+
+PAGES: dict[str, dict[str, Callable[[Result], list[str]]]] = {
+    "README.md": {
+        "nano": nano,
+        "export": export,
+        "inference": inference,
+        "tiling_memory": tiling,
+        "vrc": vrc,
+        "dcl": dcl,
+        "quickstart": quickstart,
+    },
+    "docs/training.md": {"plans": plans},
 }
 
 
-def figures(results: Path = RESULTS) -> str:
-    """The framed part: what has been measured, in the order of `SECTIONS`."""
+def figures(page: str = "README.md", results: Path = RESULTS) -> str:
+    """The framed part of a page: what there are results of, in the order of `PAGES`."""
     lines = [START]
-    for name, section in SECTIONS.items():
+    for name, section in PAGES[page].items():
         path = results / f"{name}-cpu.json"
         if path.exists():
             lines += ["", *section(json.loads(path.read_text()))]
     return "\n".join([*lines, "", END])
 
 
+def files() -> dict[Path, str]:
+    """What this writes, by path."""
+    out = {}
+    for page in PAGES:
+        head, rest = (ROOT / page).read_text().split(START)
+        out[ROOT / page] = head + figures(page) + rest.split(END)[1]
+    plotted = json.loads((RESULTS / "tiling_memory-cpu.json").read_text())
+    return out | {ROOT / PLOT: plot(plotted)}
+
+
 def main(argv: list[str]) -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    head, rest = text.split(START)
-    new = head + figures() + rest.split(END)[1]
+    stale = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}
     if "--check" in argv:
-        print("README.md is up to date" if new == text else "README.md is stale: run python scripts/figures.py")
-        return int(new != text)
-    path.write_text(new)
+        names = " and ".join(path.relative_to(ROOT).as_posix() for path in stale)
+        print(f"{names}: stale, run python scripts/figures.py" if stale else "the pages and the plot are up to date")
+        return int(bool(stale))
+    for path, text in stale.items():
+        path.write_text(text)
     return 0
 
 

@@ -1,8 +1,10 @@
 """What every test shares: eight simulated CPU devices, a compilation cache that outlives the run, and a tiny model with
 weights, tokenizer and screens. Nothing here may be changed in place."""
 
+import gc
 import importlib.util
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +14,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Read when JAX is imported, so before anything else. The cache makes a second run of the suite several times faster.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A shell starts what it puts into the background with SIGINT ignored; tests of Ctrl-C, and what they start, need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Most of a first run is compilation: programs that run for milliseconds are compiled in haste.
+HASTE = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HASTE}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax" / version("jax")))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Compiled programs go with the file that compiled them. Each is mapped into memory in many pieces, and a process
+    may have 65,530 of those: the whole suite comes near that, and one more aborts it."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

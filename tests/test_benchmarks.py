@@ -1,18 +1,22 @@
-"""The arithmetic of `benchmarks/`: intervals, and what dcl.py, vrc.py and nano.py make of answers. No model runs."""
+"""The arithmetic of `benchmarks/`: intervals, and what dcl.py, vrc.py and nano.py make of answers. Of models a tiny
+decoder runs, beside llama.cpp where that is installed."""
 
+import dataclasses
 import json
 import sys
 from argparse import ArgumentParser
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import train
+from hypervl_jax import checkpoint, tensors, train
 from hypervl_jax.compress import LabelSet
 from hypervl_jax.config import BRANCHES, VrcTrainConfig
 from hypervl_jax.data.screens import Question, Screen, Thing
 from hypervl_jax.evaluate import Answer, wilson
+from hypervl_jax.model import llm
 
 # --- common ----------------------------------------------------------------------------------------------------------
 
@@ -282,6 +286,11 @@ def test_bars_of_inference(load):
     }
 
 
+def test_what_is_not_installed_is_left_out(load, capsys):
+    assert load("inference").beside("llamacpp", "json", "no_such_package") is None
+    assert capsys.readouterr().out.startswith("not installed, so left out: no_such_package (benchmarks/llamacpp.py")
+
+
 def test_without_a_gpu_the_measurement_for_one_says_so(load, monkeypatch):
     inference = load("inference")
     monkeypatch.setattr(sys, "argv", ["inference.py", "--gpu"])
@@ -294,6 +303,82 @@ def test_the_training_step_and_the_limits_are_measured(load):
     found = inference.training(quick=True, n=1)
     assert found["seconds"] > 0
     assert all(v > 0 for v in inference.limits(small=True).values())
+
+
+# --- llamacpp --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llamacpp(load):
+    for package in ("llama_cpp", "gguf"):
+        pytest.importorskip(package, reason="needs llama-cpp-python and gguf")
+    return load("llamacpp")
+
+
+def decoder(model, width):
+    """(sizes, random weights: norms too)."""
+    model = dataclasses.replace(model, llm=dataclasses.replace(model.llm, width=width))
+    rng, shapes = np.random.default_rng(0), checkpoint.expected(model)
+    draw = {
+        path.removeprefix("llm."): rng.uniform(0.5, 1.5, s) if "norm" in path else rng.normal(size=s) / s[-1] ** 0.5
+        for path, s in sorted(shapes.items())
+        if path.startswith("llm.")
+    }
+    return model.llm, tensors.unflatten({k: v.astype(np.float32) for k, v in draw.items()})
+
+
+def next_logits(cfg, params, ids):
+    def run(params, ids):
+        at, causal = jnp.arange(ids.shape[1])[None], jnp.tri(ids.shape[1], dtype=bool)[None]
+        hidden, _ = llm.Llm(cfg).apply({"params": params}, llm.embed(params, ids), at, causal)
+        return llm.logits(params, hidden[:, -1])
+
+    return np.asarray(jax.jit(run)(params, ids))
+
+
+def error(ours, theirs):
+    return np.abs(ours - theirs).max() / np.abs(ours).max()
+
+
+def test_llama_cpp_computes_the_same(llamacpp, tiny_config):
+    """Prompt and three tokens behind it, twice: the second prompt finds an empty cache."""
+    cfg, params = decoder(tiny_config.model, 64)
+    theirs = llamacpp.Decoder(cfg, params, "float32", room=64, threads=1)
+    for seed in (0, 1):
+        ids = np.random.default_rng(seed).integers(0, cfg.vocab, (1, 24)).astype(np.int32)
+        assert error(next_logits(cfg, params, ids), theirs.prefill(ids)) < 1e-5
+        ids = np.concatenate([ids, [theirs.decode(3)]], 1).astype(np.int32)
+        assert error(next_logits(cfg, params, ids), theirs.logits) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "width", "bits"), [
+    ("bfloat16", 64, 16), ("q8_0", 64, 8.5), ("q4_0", 64, 4.5), ("q4_0", 48, None),
+])  # fmt: skip
+def test_llama_cpp_has_our_weights_in_fewer_bits(llamacpp, tiny_config, kind, width, bits):
+    """Close to f32 on the numbers that it keeps; the rows that it multiplies by them are rounded too."""
+    gguf = pytest.importorskip("gguf")
+    cfg, params = decoder(tiny_config.model, width)
+    flat = tensors.flatten(params)
+
+    def kept(path, values):
+        stacked = path.startswith("blocks.")
+        how = llamacpp.kept_as("blk." if stacked else path, values.shape[stacked:], kind)
+        return gguf.dequantize(gguf.quantize(values, how), how)
+
+    stored = tensors.unflatten({k: kept(k, v) for k, v in flat.items()})
+    ids = np.random.default_rng(2).integers(0, cfg.vocab, (1, 24)).astype(np.int32)
+    theirs = llamacpp.Decoder(cfg, params, kind, room=64, threads=1)
+    assert error(next_logits(cfg, stored, ids), theirs.prefill(ids)) < 0.04
+    if bits:
+        table, size = flat["embed"].size, sum(v.size for v in flat.values())
+        wanted = (bits * (size - table) + max(bits, 8.5) * table) / 8
+        assert theirs.bytes == pytest.approx(wanted, rel=0.02)  # norms are f32
+
+
+def test_a_llama_is_not_written_as_a_qwen(llamacpp, tiny_config):
+    cfg = dataclasses.replace(tiny_config.model.llm, qk_norm=False)
+    with pytest.raises(ValueError, match="qk_norm"):
+        llamacpp.Decoder(cfg, {}, "float32", room=64, threads=1)
 
 
 # --- quantize --------------------------------------------------------------------------------------------------------
@@ -311,11 +396,17 @@ def test_points_lost_are_paired_and_a_task_each(load):
     assert of.same(before, after) == 0.75
 
 
-def test_only_what_is_no_integer_becomes_bf16(load, tiny_model):
-    from hypervl_jax import quantize
+def test_every_way_is_another(load, tiny_model):
+    """8 bits, then 4 by either method: the same matrices in the same kinds, other integers."""
+    from hypervl_jax import calibrate, quantize
 
-    narrow = load("quantize").in_bf16(quantize.quantize(tiny_model.params, quantize.decoder4()))
-    layer = narrow["llm"]["blocks"]["layers"]
-    assert layer["down"]["weight"].scale.dtype == np.float16
-    assert layer["norm1"]["weight"].dtype == narrow["base"]["vit"]["pos"].dtype == "bfloat16"
-    assert {leaf.dtype for leaf in jax.tree.leaves(narrow["vrc"])} == {np.dtype("float32")}
+    of = load("quantize")
+    some = of.ways((None,))
+    assert list(some) == ["int8", "row nearest", "row gptq"]
+    assert of.HEADLINE in of.ways((32,))
+    grams = list(calibrate.grams(tiny_model, calibrate.from_screens(tiny_model, 2), ("base",), progress=False))
+    eight, nearest, gptq = (quantize.matrices(way.params(tiny_model, grams)) for way in some.values())
+    down = "llm.blocks.layers.down.weight"
+    assert [m[down].bits for m in (eight, nearest, gptq)] == [8, 4, 4]
+    assert not np.array_equal(nearest[down].q, gptq[down].q)
+    assert np.array_equal(nearest["llm.embed"].q, gptq["llm.embed"].q)

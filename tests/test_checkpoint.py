@@ -431,9 +431,14 @@ def test_a_state_of_another_shape_or_a_damaged_one_is_an_error_that_names_its_fo
         with pytest.raises(CheckpointError, match=r"2: cannot be resumed.*other settings or another version"):
             ckpts.restore(other)
     with monkeypatch.context() as patched:
-        patched.setattr(ckpts._manager, "restore", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr(ckpts._handler, "restore", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(CheckpointError, match=r"2: cannot be resumed \(MemoryError.*may be whole"):
             ckpts.restore(pair(0))
+    for worst, said in ((1, "the part of another process is damaged.*delete that"), (2, "another process.*be whole")):
+        with monkeypatch.context() as patched:  # what another process has found counts here
+            patched.setattr(checkpoint.mesh, "agree", lambda mine, worst=worst: max(mine, worst))
+            with pytest.raises(CheckpointError, match=rf"2: cannot be resumed.*{said}"):
+                ckpts.restore(pair(0))
     ckpts.close()
     for file in (tmp_path / "2").rglob("_METADATA"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -544,17 +545,6 @@ def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
     assert needs.load_config("quickstart") == presets.quickstart()
 
 
-def test_the_launchers_example_is_a_command(monkeypatch):
-    from hypervl_jax import quickstart
-
-    root, seen = Path(__file__).parents[1], []
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(quickstart, "make_model", lambda *a, watch: seen.append(a))
-    (example,) = [li for li in (root / "launch/local.sh").read_text().splitlines() if li.startswith("#   launch/")]
-    cli.main(example.split()[2:])
-    assert seen == [(presets.tiny(), Path("runs/tiny"), None)]
-
-
 def test_a_config_file_and_its_steps(tmp_path):
     (tmp_path / "mine.py").write_text("from hypervl_jax.presets import quickstart as get_config")
     assert needs.load_config(str(tmp_path / "mine.py")) == presets.quickstart()
@@ -564,6 +554,16 @@ def test_a_config_file_and_its_steps(tmp_path):
     assert few.stage0_steps == pytest.approx(whole.stage0_steps / 10, abs=1)
     many = needs.load_config("quickstart", 10 * whole.steps).train
     assert (many.steps, many.stage0_steps) == (10 * whole.steps, whole.stage0_steps)
+
+
+def test_micro_batches_that_plan_found_to_fit(tmp_path, monkeypatch, fails):
+    from hypervl_jax import quickstart
+
+    seen, tiny = [], presets.tiny()
+    monkeypatch.setattr(quickstart, "make_model", lambda cfg, *_, **__: seen.append(cfg))
+    assert "accumulate" in fails("train", "tiny", "--out", tmp_path / "out", "--accumulate", 3)
+    cli.main(["train", "tiny", "--out", str(tmp_path / "out"), "--accumulate", "2"])
+    assert seen == [replace(tiny, train=replace(tiny.train, accumulate=2))]
 
 
 def test_steps_and_screens_must_be_some(tmp_path, tiny_folder, fails):
@@ -597,6 +597,33 @@ def test_export_leaves_a_folder_that_is_not_its_own(tiny_folder, tmp_path, fails
 
 
 @pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--calibrate", "-1"], "--calibrate: so many samples, at least 1"),
+        (["--data", "data"], "--data: where they come from"),
+        (["--recipe", "w4a16", "--calibrate", "2", "--data", "no/such"], "no/such: "),
+        (["--recipe", "int8", "--calibrate", "2"], "none of its matrices is in 4 bits"),
+        (["--rules", "no/such.txt"], "no/such.txt: neither a rule, PATTERN=KIND, nor a file of them"),
+        (["--rules", "config.py"], "config.py:1: 'import os': a rule is PATTERN=KIND, its kind one of f32, int8"),
+        (["--rules", "llm.x=int8"], "llm.x=int8: the pattern matches the whole path of no matrix"),
+    ],
+)
+def test_export_refuses_what_it_cannot_round_by(more, says, tiny_folder, tmp_path, monkeypatch, fails):
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    (tmp_path / "config.py").write_text("import os\n")
+    monkeypatch.chdir(tmp_path)
+    assert says in fails("export", tiny_folder, "--out", "out", *more)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.py"]
+
+
+def test_a_model_that_does_not_know_its_data_asks_for_samples(tiny_model, tmp_path, monkeypatch, fails):
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    monkeypatch.setattr(needs, "load", lambda name: tiny_model._replace(info={}))
+    said = fails("export", "m", "--out", tmp_path / "out", "--recipe", "w4a16", "--calibrate", "2")
+    assert "does not say what it was trained on: give samples as --data FOLDER" in said
+
+
+@pytest.mark.parametrize(
     ("argv", "gone", "extra"),
     [
         (["train", "tiny", "--out", "out"], "grain", "train"),
@@ -625,7 +652,7 @@ def test_train_makes_a_model_and_says_what_next(tmp_path, monkeypatch, capsys):
     from hypervl_jax import quickstart
 
     seen = []
-    monkeypatch.setattr(quickstart, "make_model", lambda *a, watch: seen.append(a))
+    monkeypatch.setattr(quickstart, "make_model", lambda *a, watch, on: seen.append(a))
     cli.main(["train", "tiny", "--out", str(tmp_path), "--steps", "4"])
     cli.main(["train", "tiny", "--out", str(tmp_path), "--start", "before/model"])
     assert seen == [(presets.tiny(), tmp_path, None), (presets.tiny(), tmp_path, Path("before/model"))]

@@ -1,4 +1,5 @@
-"""Every file under `configs/` is a config; the stages at the paper's size, and their twins, one after another."""
+"""Every file under `configs/` is a config, of a model or of a pair; the stages at the paper's size, and their twins,
+one after another; the pairs at the paper's size."""
 
 import dataclasses
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 
 from hypervl_jax import config, needs, optim, plan, quickstart, text, train
 from hypervl_jax.checkpoint import Model
-from hypervl_jax.config import BRANCHES, Config
+from hypervl_jax.config import BRANCHES
 from hypervl_jax.data import feeds
+from hypervl_jax.rescale import train as pair_training
 from hypervl_jax.tensors import flatten
 from hypervl_jax.watch import QUIET
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+PAIRS = [f for f in FILES if f.stem.startswith(("hcd", "light"))]
 STAGES = ("stage1_align", "stage2_pretrain", "stage3_dcl")
 
 
@@ -36,9 +39,23 @@ def tiny():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_config_is_a_value_that_json_holds(path):
-    cfg = needs.load_config(str(path))
+    cfg = (needs.pair_config if path in PAIRS else needs.load_config)(str(path))
     assert cfg.name == path.stem
-    assert config.from_dict(Config, config.to_dict(cfg)) == cfg
+    assert config.from_dict(type(cfg), config.to_dict(cfg)) == cfg
+
+
+@pytest.mark.parametrize(("scale", "parameters"), [(2, 1_667_952), (4, 4_355_136)])
+def test_a_pair_at_the_papers_size(scale, parameters):
+    """Network, rates and crops are the official ones, and its step can be traced."""
+    cfg = needs.pair_config(str(FILES[0].parent / f"hcd_x{scale}.py"))
+    state = jax.eval_shape(lambda: pair_training.init_state(cfg))
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == parameters
+    t = cfg.train
+    assert (t.batch, t.crop, t.lr, t.clip, t.weight_decay, t.seed) == (16, 144, 2e-4, 10, 1e-5, 10)
+    hr, small = (jax.ShapeDtypeStruct((t.batch, s, s, 3), np.uint8) for s in (t.crop, t.crop // scale))
+    after, told = jax.eval_shape(lambda *x: pair_training.train_step(*x, cfg), state, hr, small)
+    assert after == state
+    assert {x.shape for x in told.values()} == {()}
 
 
 @pytest.mark.parametrize("name", STAGES)

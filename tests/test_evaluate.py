@@ -191,3 +191,32 @@ def test_worth_averages_to_the_mean_over_tasks():
     found = evaluate.worth(answers, 4)
     assert found.mean() == pytest.approx(0.5)
     assert (found > 0).tolist() == [True, True, False, False]
+
+
+def test_drift_is_the_divergence_of_the_answers_tokens(tiny_model, tiny_source):
+    """Row by row in float64, from logits of one row at a time."""
+    from hypervl_jax import ask, text
+    from hypervl_jax.model import hypervl, llm
+
+    cfg, screens = tiny_model.config, [tiny_source[i] for i in range(3)]
+    norm = {"weight": tiny_model.params["llm"]["norm"]["weight"] * 0.8}
+    other = tiny_model.params | {"llm": tiny_model.params["llm"] | {"norm": norm}}
+    found = evaluate.drift(tiny_model, other, "base", screens)
+    for got, s in zip(found, screens, strict=True):
+        seen = ask.see(tiny_model, s.image, vrc=False)
+        pairs = [(q.text, q.answer) for q in s.questions]
+        row = text.render_questions(seen.plan, pairs, tiny_model.tokenizer, cfg.text)
+        args = (
+            jnp.asarray(seen.features)[None],
+            *(jnp.asarray(x)[None] for x in (row.ids, row.slots, row.positions, row.segments)),
+        )
+        p, q = (
+            np.asarray(llm.logits(w["llm"], hypervl.hidden(w, cfg, *args)), np.float64)[0]
+            for w in (tiny_model.params, other)
+        )
+        p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+        answers = np.flatnonzero(row.loss) - 1
+        np.testing.assert_allclose(got[0], (np.exp(p) * (p - q)).sum(-1)[answers].sum(), rtol=1e-3)
+        assert got[1] == (p.argmax(-1) == q.argmax(-1))[answers].sum()
+        assert got[2] == len(answers)
+    np.testing.assert_allclose(evaluate.drift(tiny_model, tiny_model.params, "base", screens)[:, 0], 0, atol=1e-5)

@@ -1,15 +1,19 @@
 """A model from other people's conversations: from the annotation on disk to the commands that ask it."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from hypervl_jax import checkpoint, cli, config, finetune, tensors, train, watch
+from hypervl_jax import checkpoint, cli, config, finetune, mesh, tensors, train, watch
 from hypervl_jax.config import ConfigError, Rule
 from hypervl_jax.runs import TrainError
 
@@ -44,7 +48,7 @@ def data(tmp_path_factory):
 def tiny(tiny_config):
     """Two steps in one program."""
     how = replace(tiny_config.train, steps=2, save_every=1, log_every=1, optimizer="adamw", scan=False)
-    shapes = replace(tiny_config.data, batch=2, tile_buckets=(4,), lengths=(96,))
+    shapes = replace(tiny_config.data, batch=4, tile_buckets=(4,), lengths=(96,))
     return replace(tiny_config, train=how, data=shapes, dcl=replace(tiny_config.dcl, schedule="joint", weight=0.0))
 
 
@@ -98,11 +102,70 @@ def test_other_data_or_settings_are_refused(made, cfg, tmp_path):
         finetune.make_model(replace(cfg, train=replace(cfg.train, lr=0.5)), other, out, how=watch.QUIET)
 
 
+@pytest.fixture
+def mine(cfg, tmp_path):
+    """A folder with the config as a file."""
+    (tmp_path / "mine.json").write_text(json.dumps(config.to_dict(cfg)))
+    (tmp_path / "mine.py").write_text(CONFIG.format(str(tmp_path / "mine.json")))
+    return tmp_path
+
+
+CONFIG = """import json
+from hypervl_jax import config
+
+
+def get_config():
+    return config.from_dict(config.Config, json.load(open({!r})))
+"""
+
+
+def like(out, model, made):
+    """Whether a run went as another: losses, and weights, which are stored in 16 bits."""
+    logs = ((o / "train" / "log.jsonl").read_text().splitlines() for o in (out, made[0]))
+    got, want = ([{k: v for k, v in json.loads(s).items() if k != "time"} for s in lines] for lines in logs)
+    assert len(got) == 2
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    leaves = tensors.flatten(made[1].params)
+    for path, leaf in tensors.flatten(model.params).items():
+        np.testing.assert_allclose(leaf, leaves[path], rtol=2e-3, atol=1e-5, err_msg=path)
+
+
+def test_the_command_on_eight_devices(made, mine, data):
+    """As people start it, in a process of its own."""
+    argv = ["train", "mine.py", "--data", str(data), "--out", "out", "--mesh", "data=2,fsdp=2,tensor=2"]
+    command = [sys.executable, "-m", "hypervl_jax.cli", *argv]
+    done = subprocess.run(command, cwd=mine, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hypervl ask" in done.stdout
+    like(mine / "out", checkpoint.load_model(mine / "out" / "model"), made)
+
+
+@pytest.mark.slow
+def test_several_processes_as_launched(made, mine, data):
+    """By the script that people use; told to stop after a step, and started again."""
+    hypervl = mine / "hypervl"
+    hypervl.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hypervl_jax.cli "$@"\n')
+    hypervl.chmod(0o755)
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"] + "-processes"
+    env = os.environ | {"HYPERVL": str(hypervl), "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": cache}
+    script = [str(Path(__file__).parents[1] / "launch" / "multiprocess.sh"), "2", "train", str(mine / "mine.py")]
+    command = [*script, "--data", str(data), "--out", str(mine / "out"), "--mesh", "fsdp=2"]
+    first = subprocess.run([*command, "--max-hours", "1e-9"], env=env, capture_output=True, text=True)
+    assert first.returncode == 75, first.stderr
+    assert "--max-hours at step 1 of 2; it is saved" in first.stderr
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hypervl ask") == 1  # the first one says it
+    like(mine / "out", checkpoint.load_model(mine / "out" / "model"), made)
+
+
 def test_it_begins_with_the_model_it_is_given(tiny, data, tiny_folder, tiny_model, tmp_path, monkeypatch):
     """Its words and its VRC stay."""
     seen = []
 
-    def run(cfg, feed, out, how, start):
+    def run(cfg, feed, out, how, start, on):
         seen.append((feed.tokenizer.encode("what is this? 37"), start is not None))
         return train.State(0, {k: start[k] for k in ("base", "large", "llm")}, {})
 
@@ -120,10 +183,12 @@ def test_it_begins_with_the_model_it_is_given(tiny, data, tiny_folder, tiny_mode
 def test_the_verb(data, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(finetune, "make_model", lambda *a: seen.append(a))
+    monkeypatch.setattr(mesh, "start", lambda: None)  # devices are there already
     argv = ["train", "tiny", "--data", str(data), "--splits", "train", "--out", str(tmp_path)]
-    cli.main([*argv, "--max-hours", "2", "--sample-every", "0", "--profile", "3"])
-    ((_, folder, out, start, splits, how),) = seen
+    cli.main([*argv, "--max-hours", "2", "--sample-every", "0", "--profile", "3", "--mesh", "data=2,fsdp=4"])
+    ((_, folder, out, start, splits, how, on),) = seen
     assert (folder, out, start, splits) == (data, tmp_path, None, ("train",))
+    assert on == mesh.MeshConfig(2, 4)
     assert (how.sample_every, how.profile) == (0, 3)
     assert how.stop_at is not None
     said = capsys.readouterr().out
@@ -137,6 +202,7 @@ def test_the_verb(data, tmp_path, monkeypatch, capsys):
         (["--max-hours", "0"], "--max-hours 0: above 0"),
         (["--profile", "-1"], "at least 0"),
         (["--splits", "train"], "give it as --data"),
+        (["--mesh", "8"], "write sizes of data, fsdp, tensor, such as fsdp=8"),
         (["--data", "nowhere"], "give the folder of one prepared data set"),
     ],
 )
@@ -147,6 +213,15 @@ def test_what_cannot_be_is_said_in_one_line(more, message, tmp_path, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_are_told_of_each_other_need_a_mesh(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "tiny", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 1
+    assert "say with --mesh how several processes train together" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -110,3 +110,46 @@ def test_shard_map(gradients, params, even, expected, mesh):
         return jax.lax.pmean(gradients(params, batch), "data")
 
     close(step(params, even), expected)
+
+
+# --- losses in chunks, micro-batches ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Two rows a device: a micro-batch each."""
+    return jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+
+
+@pytest.fixture(scope="module")
+def in_parts(cfg):
+    """The same gradients, the loss a block of the vocabulary at a time and the rows in two micro-batches."""
+    how = replace(cfg, train=replace(cfg.train, loss_chunk=100, accumulate=2))
+    return lambda params, batch: train.gradients(params, how, JOB, batch)
+
+
+def test_jit_in_chunks_and_micro_batches(in_parts, gradients, params, even, ragged, expected, four):
+    jitted, rows = jax.jit(in_parts), NamedSharding(four, PartitionSpec("data"))
+    everywhere = jax.device_put(params, NamedSharding(four, PartitionSpec()))
+    close(jitted(everywhere, jax.device_put(even, rows)), expected)
+    close(jitted(everywhere, jax.device_put(ragged, rows)), gradients(params, ragged))
+
+
+def test_pmap_in_chunks_and_micro_batches(in_parts, params, even, expected):
+    @partial(jax.pmap, axis_name="data", in_axes=(None, 0), out_axes=None, devices=jax.devices()[:4])
+    def step(params, batch):
+        return jax.lax.pmean(in_parts(params, batch), "data")
+
+    close(step(params, jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), even)), expected)
+
+
+def test_shard_map_in_chunks_and_micro_batches(in_parts, params, even, expected, four):
+    """Unchecked: the checker would have the zeros that every loop begins with be cast, as each device's own."""
+    specs = PartitionSpec(), PartitionSpec("data")
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=four, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    def step(params, batch):
+        return jax.lax.pmean(in_parts(params, batch), "data")
+
+    close(step(params, even), expected)

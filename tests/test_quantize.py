@@ -129,6 +129,18 @@ def test_a_bf16_layer_can_be_trained(rows):
     close(to_w, y.T @ rest, 2**-7)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+def test_weights_that_no_scale_fits_are_named(bad, tiny_model):
+    blocks = jax.tree.map(np.array, tiny_model.params["llm"]["blocks"])
+    blocks["layers"]["o"]["weight"][1, 2, 3] = bad
+    llm = tiny_model.params["llm"] | {"blocks": blocks}
+    recipe = (Rule(r".*\.o\.weight", "int4/32"), Rule(".*", "int8"))
+    with pytest.raises(
+        RecipeError, match=r"llm\.blocks\.layers\.1\.o\.weight: weights that are not finite, or too large"
+    ):
+        quantize.quantize(tiny_model.params | {"llm": llm}, recipe)
+
+
 def test_which_matrices_are_kept_how(tiny_model):
     params = quantize.quantize(tiny_model.params, quantize.RECIPES["int4"])
     layer = params["llm"]["blocks"]["layers"]
@@ -158,12 +170,60 @@ def test_the_first_rule_that_matches_holds(tiny_model):
     assert quantize.bits_per_weight(layer["norm1"]) == 32
 
 
+def test_rules_may_speak_of_single_layers(tiny_model):
+    """That stack comes apart; a model of it says what the model of its floats says."""
+    recipe = (Rule(r"llm\.blocks\.layers\.1\.(down|gate)\.weight", "int4"), Rule(".*", "int8"))
+    params = quantize.quantize(tiny_model.params, recipe)
+    first, second = params["llm"]["blocks"]["layers"]
+    assert [layer[name]["weight"].bits for layer in (first, second) for name in ("down", "up")] == [8, 8, 4, 8]
+    w = tiny_model.params["llm"]["blocks"]["layers"]["down"]["weight"][1]
+    np.testing.assert_array_equal(second["down"]["weight"].q, quantize_matrix(np.asarray(w), Kind(4)).q)
+    assert isinstance(params["base"]["vit"]["blocks"]["layers"], dict)  # nothing is said of its layers
+    ids = jnp.array([[5, 9, 2]])
+    ask = jax.jit(lambda p: generate.prefill(p, tiny_model.config, llm.embed(p["llm"], ids), jnp.zeros(1, jnp.int32),
+                                             jax.random.key(0), 4).logits)  # fmt: skip
+    close(ask(params), ask(quantize.restored(params)), 1e-5)
+
+
+def test_layers_that_are_kept_alike_stay_a_stack(tiny_model):
+    each = tuple(Rule(rf"llm\.blocks\.layers\.{i}\..*", "int4") for i in range(2))
+    params = quantize.quantize(tiny_model.params, (*each, Rule(".*", "int8")))
+    want = quantize.quantize(tiny_model.params, quantize.decoder4(None))
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+
+
+def test_rules_are_read_from_files(tmp_path):
+    path = tmp_path / "rules.txt"
+    path.write_text("# what it cost\n\nllm.embed=int8  # the table\n a=b=int4/32\n")
+    assert quantize.read([r"x\.y=f32", str(path), "z=int8"]) == (
+        Rule(r"x\.y", "f32"), Rule("llm.embed", "int8"), Rule("a=b", "int4/32"), Rule("z", "int8"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a=int8\n\nb=int5\n", r"rules\.txt:3: 'b=int5': a rule is PATTERN=KIND, its kind one of f32, int8, int4"),
+        (b"a\n", r"rules\.txt:1: 'a': a rule is"),
+        (b"\xff\xfe\x00", "rules.txt: not a file of rules: not text"),
+        (None, r"rules\.txt: neither a rule, PATTERN=KIND, nor a file of them \(No such file"),
+    ],
+)
+def test_files_that_are_no_rules_are_named_with_the_line(content, says, tmp_path):
+    path = tmp_path / "rules.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError, match=says):
+        quantize.read([str(path)])
+
+
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
         (("llm.blocks", "int8"), "matches the whole path of no matrix; there are base"),
         (("vrc.*", "int8"), "matches the whole path of no matrix"),
         (("(", "int8"), "not a pattern"),
+        ((r"llm\.blocks\.layers\.2\.q\.weight", "int8"), "matches the whole path of no matrix"),
         ((".*", "int3"), "no such kind; choose one of f32, int8, int4, int4/32"),
     ],
 )
@@ -219,6 +279,43 @@ def test_the_encoder_takes_them_too(tiny_model, tiny_source):
     features = [ask.see(model, tiny_source[0].image, vrc=False).features for model in (narrow, tiny_model)]
     close(*features, 0.05)
     assert np.abs(features[0] - features[1]).max() > 0
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rows_are_rounded_within_half_a_step_of_their_own(bits):
+    x = np.stack([matrix(2, (4, I))[0], np.abs(matrix(3, (4, I))[0]), np.zeros(I, np.float32)])
+    got = np.asarray(quantize.round_rows(jnp.asarray(x), jnp.float32(2**bits - 1)))
+    step = (np.maximum(x.max(-1), 0) - np.minimum(x.min(-1), 0)) / (2**bits - 1)
+    assert (np.abs(got - x) <= step[:, None] * 0.501 + np.abs(x) * 1e-6).all()
+    assert not got[2].any()
+    for row, kept in zip(x[:2], got, strict=False):
+        assert len(np.unique(kept)) <= 2**bits
+        assert np.abs(kept - row).max() > 0
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("bf16", 0.05), ("f16", 5e-3), ("int16", 5e-4), ("int8", 0.1)])
+def test_activations_of_sixteen_and_eight_bits(kind, tolerance, tiny_model, tiny_source):
+    """From pixels to features and from ids to logits: other numbers than in f32, and near to them. The tree keeps its
+    kinds, stacked or apart."""
+    cfg, narrow = tiny_model.config, quantize.quantize(tiny_model.params, quantize.decoder4())
+    params = quantize.with_activations(narrow, kind)
+    features = [
+        ask.see(tiny_model._replace(params=p), tiny_source[0].image, vrc=False).features for p in (params, narrow)
+    ]
+    close(*(np.asarray(f, np.float32) for f in features), tolerance)
+    ids = jnp.array([[5, 9, 2, 7, 1]])
+    logits = jax.jit(lambda p: generate.prefill(p, cfg, llm.embed(p["llm"], ids), jnp.zeros(1, jnp.int32),
+                                                jax.random.key(0), 8).logits)  # fmt: skip
+    got, want = logits(params), logits(narrow)
+    close(got, want, tolerance)
+    assert np.abs(np.asarray(got) - np.asarray(want)).max() > 0
+    apart = params | {"llm": layers.unstack(params["llm"])}
+    close(logits(apart), got, 1e-5 if kind.startswith("int") else tolerance)
+    layer = params["llm"]["blocks"]["layers"]
+    kept = layer["down"]["weight"]
+    assert isinstance(kept.weight if kind.startswith("int") else kept, Quantized)
+    assert layer["norm1"]["weight"].dtype == {"bf16": "bfloat16", "f16": "float16"}.get(kind, "float32")
+    jax.tree.map(np.testing.assert_array_equal, params["vrc"], narrow["vrc"])
 
 
 def test_layers_that_came_apart_are_looped(tiny_model):

@@ -139,7 +139,7 @@ def cheap(monkeypatch):
         return state._replace(step=state.step + 1), {"loss_base": 1.0}
 
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(train, "compiled", lambda cfg: step)
+    monkeypatch.setattr(train, "compiled", lambda cfg, grid=None: step)
     monkeypatch.setattr(evaluate, "answer_losses", lambda m, b, screens, r, q: rng.uniform(1, 2, (len(screens), q)))
     monkeypatch.setattr(compress, "train", lambda key, params, *_: (params, np.zeros(4)))
     monkeypatch.setattr(quickstart, "_calibrate", lambda *_: 0.7)
@@ -202,7 +202,7 @@ def test_interrupted_runs_go_on(cheap, tiny_config, tmp_path, monkeypatch):
         return step(state, batch, job)
 
     once.stopped = []
-    monkeypatch.setattr(train, "compiled", lambda cfg: once)
+    monkeypatch.setattr(train, "compiled", lambda cfg, grid=None: once)
     with pytest.raises(KeyboardInterrupt):
         quickstart.make_model(tiny_config, tmp_path)
     assert cheap == [0, 1, 2]

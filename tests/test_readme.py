@@ -69,17 +69,6 @@ def test_files_named_exist():
         assert (ROOT / "docs" / f"{page}.md").is_file()
 
 
-def test_memory_figures_are_those_measured():
-    found = json.loads((ROOT / "benchmarks" / "results" / "tiling_memory-cpu.json").read_text())
-    assert found["command"] in README
-    rows = {r["tiles"]: r for r in found["metrics"]["hypervl_1p7b"]}
-    said = re.search(r"sizes (\S+) MB .* at (\d+) tiles and at (\d+), .* takes (\S+) GB and (\S+) GB", README)
-    assert said, "the row about memory reads differently"
-    few, many = (rows[int(n)] for n in said.group(2, 3))
-    assert {f"{r['serial'] / 1e6:.1f}" for r in (few, many)} == {said[1]}
-    assert (f"{few['whole'] / 1e9:.1f}", f"{many['whole'] / 1e9:.1f}") == said.group(4, 5)
-
-
 def test_the_peak_of_loading_is_the_one_measured():
     found = json.loads((ROOT / "benchmarks" / "results" / "load_memory-cpu.json").read_text())["metrics"]["bfloat16"]
     page = " ".join((ROOT / "docs" / "weights.md").read_text().split())
@@ -87,9 +76,43 @@ def test_the_peak_of_loading_is_the_one_measured():
     assert f"{said} {found['peak'] / 1e6:,.0f} MB" in page
 
 
-def test_figures_are_those_of_the_results():
+@pytest.fixture(scope="module")
+def figures():
     spec = importlib.util.spec_from_file_location("figures", ROOT / "scripts" / "figures.py")
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(figures := importlib.util.module_from_spec(spec))
-    assert figures.figures() in README, "run python scripts/figures.py"
+    return figures
+
+
+def test_figures_and_plot_are_those_of_the_results(figures):
+    assert figures.main(["--check"]) == 0, "run python scripts/figures.py"
+
+
+def test_a_check_writes_nothing_and_says_what_is_stale(figures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    for page in figures.PAGES:
+        (tmp_path / page).write_text(f"a\n{figures.START}\nold\n{figures.END}\nb\n")
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    assert figures.main(["--check"]) == 1
+    names = " and ".join((*figures.PAGES, "docs/tiling.svg"))
+    assert capsys.readouterr().out == f"{names}: stale, run python scripts/figures.py\n"
+    assert not (tmp_path / "docs" / "tiling.svg").exists()
+    assert figures.main([]) == figures.main(["--check"]) == 0
+    for page in figures.PAGES:
+        assert (tmp_path / page).read_text() == f"a\n{figures.figures(page)}\nb\n"
+
+
+def test_runs_of_tiles_are_told_and_one_left_out_is_a_dash(figures):
+    def row(side, whole):
+        sizes = dict.fromkeys(figures.TILING, 2e6) | {"serial": 1e6, "whole": whole}
+        over = {way: n and n / 1e6 for way, n in sizes.items() if way != "serial"}
+        return {"side": side, "bytes": sizes, "over_serial": over, "seconds": {w: n and 3.0 for w, n in sizes.items()}}
+
+    branch = {"analysis": [row(512, 3e6), row(1024, 30e6)], "measured": [row(512, 4e6), row(1024, None)]}
+    told = {"metrics": {"base": branch, "large": branch}, "command": "c", "machine": {"kind": "cpu", "cores": 2}}
+    lines = figures.tiling(told)
+    assert "| serial tiles | 1 | 1 | 1 | 1 | 3 s, 1 | 3 s, 1 |" in lines
+    assert "| whole | 3 (3.0 x) | 30 (30 x) | 3 (3.0 x) | 30 (30 x) | - | - |" in lines
+    plot = figures.plot(told)
+    assert [plot.count(f'class="dot {name}"') for name in ("whole", "whole run", "serial run")] == [4, 4, 8]

@@ -3,6 +3,7 @@
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -285,3 +286,23 @@ def test_each_control_keeps_its_stroke_when_the_other_is_missing():
 def test_empty_charts_are_nothing():
     assert charts.lines([charts.Series("a", [])], "x", "y") == ""
     assert charts.bars([]) == ""
+
+
+def test_a_page_of_charts_stands_alone():
+    """Well-formed, every panel inside the picture, every colour of the key defined."""
+    drawn = charts.lines(
+        [charts.Series("a", [(0, 1), (1, 3)], "one"), charts.Series("b", [(0, 2)], "two run")], "x", "y"
+    )
+    page = charts.page([("first & last", drawn)] * 3, {"one": "a < b", "two": "b"})
+    root = ElementTree.fromstring(page)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    panels = root.findall("{*}svg")
+    assert len(panels) == 3
+    for p in panels:
+        x, y, w, h = (float(p.attrib[k]) for k in ("x", "y", "width", "height"))
+        assert 0 <= x <= x + w <= width
+        assert 0 <= y <= y + h <= height
+    assert all(f".{name}.line{{stroke:#" in page for name in ("one", "two"))
+    with pytest.raises(ValueError, match="6 colours"):
+        charts.page([("x", drawn)], {str(i): "" for i in range(6)})

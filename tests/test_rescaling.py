@@ -265,7 +265,22 @@ def test_another_pair_than_it_was_made_by(photo, irn, run, fails, tmp_path):
     assert run("up", small, *BICUBIC, "--no-notes").out.endswith(": 38 x 42 px\n")
 
 
-def test_pairs_that_are_none(photo, tmp_path, fails):
+def test_pairs_that_ship_have_names(photo, run, irn, tmp_path, monkeypatch):
+    """Without --pair it is the light one by 2."""
+    monkeypatch.setattr("hypervl_jax.rescale.weights.SHIPPED", tmp_path / "ship")
+    (tmp_path / "ship").mkdir()
+    for scale in (2, 4):
+        (tmp_path / "ship" / f"light_x{scale}.npz").write_bytes((irn / f"x{scale}.npz").read_bytes())
+    h, w = np.asarray(Image.open(photo)).shape[:2]
+    run("down", photo, "--no-hcd", "--out", tmp_path / "2.png")
+    run("down", photo, "--no-hcd", "--pair", "light_x4", "--out", tmp_path / "4.png")
+    for scale in (2, 4):
+        with Image.open(tmp_path / f"{scale}.png") as small:
+            assert small.size == (-(-w // scale), -(-h // scale))
+
+
+def test_pairs_that_are_none(photo, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("hypervl_jax.rescale.weights.SHIPPED", tmp_path / "none")
     assert "no weights of a pair ship with this version; give --pair FILE" in fails("down", photo)
     assert "give --pair FILE" in fails("eval", photo, "--pair", "")
     assert "nowhere.npz: cannot be read" in fails("up", photo, "--pair", "nowhere.npz")

@@ -99,8 +99,8 @@ def test_two_steps_saved_and_two_resumed_are_four_bit_for_bit(whole, run, cfg, t
     """The run dies in its third step, after the checkpoint of the second."""
     compiled = train.compiled
 
-    def dies(cfg):
-        step = compiled(cfg)
+    def dies(cfg, grid):
+        step = compiled(cfg, grid)
 
         def takes(state, batch, job):
             if int(state.step) == 2:
@@ -169,8 +169,8 @@ class Spoilt:
     def __getattr__(self, name):
         return getattr(self.feed, name)
 
-    def batches(self, start):
-        for step, batch in enumerate(self.feed.batches(start), start):
+    def batches(self, start, rows=None):
+        for step, batch in enumerate(self.feed.batches(start, rows), start):
             yield batch._replace(weights=batch.weights * np.nan) if step == self.at else batch
 
 
@@ -323,7 +323,7 @@ def plain(gradients, uneven):
 
 def close(got, want, tolerance=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()) + 1e-8)  # some are all 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()) + 1e-7)  # some are all 0
 
 
 def test_micro_batches_add_up_to_the_batch(cfg, gradients, uneven, plain):

@@ -150,12 +150,12 @@ def test_flops_of_a_step_are_those_of_its_parts(tiny_config, tiny_batches):
 def test_rates_are_of_the_time_since_they_were_asked_for(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    meter = Meter()
+    meter = Meter(jax.devices())
     meter.add(3_000, 4 * 10**9)
     now[0] = 2.0
     assert meter.read() == {"tok/s": "1,500", "GFLOP/s": "2"}
-    monkeypatch.setattr(watch, "PEAK", {jax.devices()[0].device_kind: 1e9})
-    meter = Meter()
+    monkeypatch.setattr(watch.chips, "peak", lambda kind: 1e9 if kind == jax.devices()[0].device_kind else 0.0)
+    meter = Meter(jax.devices())
     meter.add(10, int(4e9) * jax.device_count())
     now[0] = 10.0
     assert meter.read()["MFU"] == "50.0%"
@@ -175,6 +175,11 @@ def test_answers_are_those_of_ask(tiny_config, tiny_model, tiny_source, tiny_she
     want = "".join(ask.answer(tiny_model, [seen], asked.text, watch.NEW))
     assert row == {"step": 40, "question": asked.text, "truth": asked.answer, "answer": want}
     assert f'step 40: "{asked.text}" -> ' in capsys.readouterr().err
+
+    spread = {g: jax.tree.map(np.asarray, tiny_model.params[g]) for g in ("base", "llm")}  # as a mesh gives them
+    (tmp_path / "mesh").mkdir()
+    watch.Samples(tiny_config, feed, tmp_path / "mesh", 1)(40, spread)
+    assert json.loads((tmp_path / "mesh" / "samples.jsonl").read_text()) == row
 
 
 def test_a_trace_covers_its_steps_and_no_more(tmp_path, monkeypatch):

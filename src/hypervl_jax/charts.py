@@ -1,18 +1,22 @@
 """Three charts as SVG text: lines, bars, dots with intervals. Pure functions of numbers; every label is escaped.
 
 Colours and fonts are classes that the page's style sheet defines, so that one chart serves light and dark: `base`,
-`large`, `grey`. A chart WIDTH units wide, text of 12, suits half a desktop page and a whole phone.
+`large`, `grey`. A chart WIDTH units wide, text of 12, suits half a desktop page and a whole phone. `page` makes lines a
+file that needs no style sheet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple, TypeGuard
 
 Number = int | float
-WIDTH = 440
+WIDTH, HEIGHT = 440, 250
+_HUES = ("#2a78b8", "#c2571a", "#23803f", "#8a5bb5", "#b4322e")
+_STYLE = """text{font:12px sans-serif;fill:#444}.title{font-weight:bold}.rule{stroke:#ddd}
+.line{fill:none;stroke-width:2}.run.line{stroke-dasharray:5 4}"""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 36
 
 
@@ -43,7 +47,7 @@ def lines(
     dots: bool = False,
     smooth: bool = False,
     width: int = WIDTH,
-    height: int = 250,
+    height: int = HEIGHT,
 ) -> str:
     """Lines over a shared x. `log`: y logarithmic; `smooth`: a moving average, the raw line faint behind it."""
     drawn = [s._replace(points=_finite(s.points, log)) for s in series]
@@ -111,6 +115,30 @@ def intervals(groups: Sequence[tuple[str, Sequence[Dot], Sequence[Number | None]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(_text(x(tick), y + 8, f"{tick:.0%}", "middle" if 0 < tick < 1 else "end" if tick else "start"))
     return _svg(WIDTH, round(y) + 14, parts, f"accuracy with 95 % intervals: {', '.join(g[0] for g in groups)}")
+
+
+def page(panels: Sequence[tuple[str, str]], key: Mapping[str, str], across: int = 2) -> str:
+    """(title, chart of lines) in rows of `across` under one key, colour -> label, as an SVG file that stands alone, on
+    white. A series may be "COLOUR run": dashed."""
+    if len(key) > len(_HUES):
+        raise ValueError(f"{len(key)} colours are asked for; there are {len(_HUES)}")
+    step, top = HEIGHT + 30, 30
+    colours = "".join(
+        f".{name}.line{{stroke:{hue}}}.{name}.dot,text.{name}{{fill:{hue}}}"
+        for name, hue in zip(key, _HUES, strict=False)
+    )
+    width, height = across * WIDTH, top + -(-len(panels) // across) * step
+    parts = [f"<style>{_STYLE}{colours}</style>", f'<rect width="{width}" height="{height}" fill="#fff"/>']
+    x = float(_LEFT)
+    for name, label in key.items():
+        parts.append(_text(x, 18, label, "start", name))
+        x += 6.5 * len(label) + 20
+    for i, (title, chart) in enumerate(panels):
+        x, y = i % across * WIDTH, top + i // across * step
+        parts.append(_text(x + _LEFT, y + 16, title, "start", "title"))
+        parts.append(chart.replace("<svg", f'<svg x="{x}" y="{y + 24}" width="{WIDTH}" height="{HEIGHT}"', 1))
+    svg = _svg(width, height, parts, "; ".join(title for title, _ in panels))
+    return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + "\n"
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

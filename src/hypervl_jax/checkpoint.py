@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypervl_jax import __version__, config, layouts, quantize, tensors
+from hypervl_jax import __version__, config, layouts, mesh, quantize, tensors
 from hypervl_jax.config import ModelConfig
 from hypervl_jax.layouts import CONFIG, TOKENIZER
 from hypervl_jax.tensors import CheckpointError, flatten
@@ -33,6 +33,7 @@ except ImportError:  # Windows: nothing keeps two runs apart
     fcntl = None
 
 FORMAT = 2
+MENDED = (MemoryError, RuntimeError, PermissionError)  # errors of reading that are not damage
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -172,7 +173,11 @@ def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 class Checkpoints:
     """Training state on disk, a step a directory, written in the background and atomically, with sums of every leaf
     that tell damage. The last `keep` stay, and the one of least loss. The folder is this object's alone until `close`:
-    raises `CheckpointError` where another one, of whatever process, has it open."""
+    raises `CheckpointError` where another one, of whatever process, has it open.
+
+    The processes of one run call every method together. Each writes and reads the parts that its devices hold; the
+    first one has the folder for all of them, names what is finished and removes what is old.
+    """
 
     def __init__(self, path: Path | str, keep: int = 2):
         import orbax.checkpoint as ocp
@@ -180,13 +185,13 @@ class Checkpoints:
         self._ocp = ocp
         self.path = Path(path).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._unlock = _lock(self, self.path)
+        self._unlock = _lock(self, self.path) if mesh.leads() else lambda: None
         self._loss: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Keep(keep, self._loss), cleanup_tmp_directories=True, lightweight_initialize=True
         )
-        handler = ocp.StandardCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handler)
+        self._handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=self._handler)
         for step in self._manager.all_steps():
             with contextlib.suppress(CheckpointError):
                 self._note(step, self.about(step))
@@ -260,17 +265,13 @@ class Checkpoints:
                 if self._other(step, like):
                     cure = "it is of other settings or another version: resume with those, or choose another --out"
                     raise CheckpointError(f"{said}; {cure}") from e
-                if isinstance(e, MemoryError | RuntimeError | PermissionError):
+                if isinstance(e, MENDED):
                     cure = "mend that and resume again: the checkpoint itself may be whole"
                     raise CheckpointError(f"{said}; {cure}") from e
                 damaged.append((step, e))
                 continue
             for late, e in reversed(damaged):
-                aside = self._set_aside(late)
-                print(
-                    f"{self.path / str(late)}: damaged ({_first_line(e)}), now {aside.name}; going on from step {step}",
-                    file=sys.stderr,
-                )
+                self._set_aside(late, f"damaged ({_first_line(e)})", step)
             return state
         step, e = damaged[0]
         cure = "delete that folder to fall back to the step before, or start anew with another --out"
@@ -279,9 +280,23 @@ class Checkpoints:
         raise CheckpointError(f"{self.path / str(step)}: cannot be resumed ({_first_line(e)}); {cure}") from e
 
     def _read(self, step: int, like: Any) -> Any:
-        """One state. Raises `CheckpointError` for one that is not as it was, and whatever Orbax raises."""
-        sums = self.about(step).get("sums")
-        state = self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+        """One state. Raises `CheckpointError` for one that is not as it was, and whatever Orbax raises; in all
+        processes, where it is so in one."""
+        sums, state, failed = None, None, None
+        try:
+            sums = self.about(step).get("sums")
+            # Not by the manager: it would wait for a process that could not read its part.
+            folder: Any = self.path / str(step) / "default"
+            state = self._handler.restore(folder, args=self._ocp.args.StandardRestore(like))
+        except Exception as e:  # of many kinds
+            failed = e
+        worst = mesh.agree(0 if failed is None else 2 if isinstance(failed, MENDED) else 1)
+        if worst == 2 and not isinstance(failed, MENDED):
+            failed = RuntimeError("another process could not read its part")
+        elif worst and failed is None:
+            failed = CheckpointError("the part of another process is damaged")
+        if failed is not None:
+            raise failed
         if sums is not None:  # otherwise of an older version
             seen = jax.device_get(_survey(flatten_paths(state)))
             wrong = sorted(name for name, (both, _) in seen.items() if sums.get(name) != [int(x) for x in both])
@@ -289,14 +304,17 @@ class Checkpoints:
                 raise CheckpointError(f"{len(wrong)} of {len(seen)} leaves are not as they were written: {wrong[0]}")
         return state
 
-    def _set_aside(self, step: int) -> Path:
-        """Gives a damaged checkpoint another name, so that its step can be written anew."""
-        names = (self.path / f"damaged-{step}{'-' * bool(n)}{n or ''}" for n in range(1000))
-        aside = next(name for name in names if not name.exists())
-        os.replace(self.path / str(step), aside)
+    def _set_aside(self, step: int, why: str, instead: int) -> None:
+        """Gives a damaged checkpoint another name, so that its step can be written anew, and says so."""
+        with mesh.first("damaged"):
+            if mesh.leads():
+                names = (self.path / f"damaged-{step}{'-' * bool(n)}{n or ''}" for n in range(1000))
+                aside = next(name for name in names if not name.exists())
+                os.replace(self.path / str(step), aside)
+                told = f"{self.path / str(step)}: {why}, now {aside.name}; going on from step {instead}"
+                print(told, file=sys.stderr)
         self._loss.pop(step, None)
         self._manager.reload()
-        return aside
 
     def _other(self, step: int, like: Any) -> bool:
         """Whether what a checkpoint says of itself can be read, and is not `like`."""

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from hypervl_jax import __version__, needs, preparing, rescaling
+from hypervl_jax import __version__, exporting, needs, picking, preparing, rescaling
 from hypervl_jax.asking import ask, chat, tokens
-from hypervl_jax.config import BRANCHES, SEEDS, SIDE, Branch
+from hypervl_jax.config import SEEDS, SIDE, Branch
 
 
 def train(
@@ -25,6 +25,8 @@ def train(
     start: Path | None = None,
     data: Path | None = None,
     splits: tuple[str, ...] = (),
+    mesh: str | None = None,
+    accumulate: int | None = None,
     max_hours: float | None = None,
     sample_every: int = 1_000,
     profile: int = 0,
@@ -41,7 +43,7 @@ def train(
 
     hypervl train configs/stage2_pretrain.py --start runs/stage1/model --out runs/stage2
 
-    hypervl train configs/stage2_pretrain.py --start runs/stage1/model --data data/train --out runs/stage2
+    hypervl train configs/stage2_pretrain.py --start runs/stage1/model --data data/train --out runs/stage2 --mesh fsdp=8
 
     Args:
         config: a preset (tiny, quickstart, nano) or a file with `get_config()`, such as configs/nano.py.
@@ -50,6 +52,9 @@ def train(
         start: a model folder to begin with, such as that of the stage before; if not given, from nothing.
         data: a folder that `hypervl data build` wrote; if not given, screens are composed.
         splits: which splits of --data; if not given, all.
+        mesh: devices along data, fsdp and tensor, such as data=2,fsdp=4, of all processes together; one device if not
+            given.
+        accumulate: micro-batches a step, instead of the config's: `hypervl plan` says how many fit.
         max_hours: stop in time before so many hours are over.
         sample_every: training steps between answers to a few questions; 0 for none.
         profile: how many training steps to trace, to OUT/train/profile.
@@ -61,17 +66,72 @@ def train(
         raise needs.UsageError("--sample-every and --profile: at least 0")
     if splits and data is None:
         raise needs.UsageError("--splits: of a data set; give it as --data")
-    cfg = needs.prepared(config, steps, out)
+    if mesh is None and "JAX_COORDINATOR_ADDRESS" in os.environ:  # each would train alone, and all write to OUT
+        raise needs.UsageError("JAX_COORDINATOR_ADDRESS is set: say with --mesh how several processes train together")
+    from hypervl_jax import mesh as meshes
+
+    on = meshes.ONE if mesh is None else meshes.parse(mesh)
+    if mesh is not None:
+        meshes.start()
+    cfg = needs.prepared(config, steps, out, accumulate)
     from hypervl_jax import finetune, watch
     from hypervl_jax import quickstart as recipe
 
     stop_at = None if max_hours is None else began + 3600 * max_hours
     how = watch.Watch(True, stop_at, sample_every, profile)
     if data is None:
-        recipe.make_model(cfg, out, start, watch=how)
+        recipe.make_model(cfg, out, start, watch=how, on=on)
     else:
-        finetune.make_model(cfg, data, out, start, splits, how)
-    print("\n".join(watch.commands(out, vrc=data is None or start is not None)))
+        finetune.make_model(cfg, data, out, start, splits, how, on)
+    if meshes.leads():
+        print("\n".join(watch.commands(out, vrc=data is None or start is not None)))
+
+
+def plan(
+    topology: str,
+    config: str,
+    mesh: str | None = None,
+    batch: int | None = None,
+    accumulate: int | None = None,
+    bucket: int = -1,
+    json: bool = False,
+) -> None:
+    """What a training step takes on a TPU slice or on GPUs that are not here: memory, FLOPs, traffic, time.
+
+    The step is compiled for them and not run, in minutes at the paper's sizes. A TPU slice is compiled for by the TPU's
+    own compiler (`pip install 'hypervl-jax[plan]'`, Linux x86-64); GPUs are stood in for by devices of this CPU, and
+    their memory is an upper figure. A step that does not fit is refused with its size and what to change first. Times
+    are what products, memory and links take at the chip's published rates: all at once, and one after another. A real
+    step lies between or above. For example:
+
+    hypervl plan --topology v5e:16x16 --config configs/stage1_align.py
+
+    hypervl plan --topology v5p:4x4x4 --config configs/stage3_dcl.py --mesh fsdp=64 --batch 256 --accumulate 4
+
+    hypervl plan --topology h100:8 --config nano --batch 128
+
+    Args:
+        topology: a slice (v4:2x2x4, v5e:16x16, v5p:4x4x4, v6e:8x8) or simulated devices (h100:8, h200:8, a100:8,
+            cpu:8).
+        config: a preset or a file with `get_config()`.
+        mesh: devices along data, fsdp and tensor, such as data=2,fsdp=8; if not given, all along fsdp.
+        batch: rows a step, instead of the config's.
+        accumulate: micro-batches a step, instead of the config's.
+        bucket: rows of which of the config's lengths, counted from 0; the longest if not given.
+        json: one line of JSON instead of text.
+    """
+    cfg = needs.load_config(config)
+    from hypervl_jax import forecast
+    from hypervl_jax import mesh as meshes
+
+    on = None if mesh is None else meshes.parse(mesh)
+    cfg = forecast.resized(cfg, batch, accumulate)
+    if not -len(cfg.data.lengths) <= bucket < len(cfg.data.lengths):
+        raise needs.UsageError(f"--bucket {bucket}: {config} has {len(cfg.data.lengths)}, counted from 0")
+    where = forecast.topology(topology)
+    needs.keep_compiled()
+    found = forecast.forecast(cfg, where, on, bucket)
+    print(forecast.to_json(found) if json else "\n".join(forecast.lines(found)))
 
 
 def evaluate(
@@ -103,100 +163,6 @@ def evaluate(
     beside = checkpoint.find_model(model).parent / "data"
     data = data or (beside if beside.is_dir() else Path("runs/data"))
     print(json.dumps(judge.verdict(loaded, branch, vrc, screens, data), indent=1))
-
-
-def export(
-    model: Annotated[Positional[str], arg(metavar="MODEL")],
-    /,
-    out: Path,
-    branch: Branch | Literal["both"] = "both",
-    recipe: Literal["f32", "int8", "w4a16"] = "f32",
-    group: Literal["32", "64", "128", "row"] = "32",
-    rules: tuple[str, ...] = (),
-) -> None:
-    """Write a model as verified .tflite files with a manifest; nothing is left if a part does not match JAX.
-
-    For example:
-
-    hypervl export quickstart/model --out phone
-
-    hypervl export nano --out phone --recipe w4a16 --rules "llm.blocks.layers.down.weight=int8"
-
-    Args:
-        model: a model folder, or the name of weights that ship.
-        out: folder to write; an earlier export there is replaced, anything else is left alone.
-        branch: which vision encoders to export.
-        recipe: f32; int8, every matrix in 8 bits; w4a16, the decoder's projections in 4 bits and all other in 8.
-        group: inputs that share a scale in 4 bits.
-        rules: PATTERN=KIND, before those of the recipe: the pattern is of a whole path, the kind one of f32, int8,
-            int4 (a scale a row), int4/32, int4/64, int4/128.
-    """
-    from hypervl_jax import quantize
-    from hypervl_jax.export import lower, parts
-
-    recipes = {"f32": (), "w4a16": quantize.decoder4(None if group == "row" else int(group))} | quantize.RECIPES
-    how = (*quantize.parse(rules), *recipes[recipe])
-    lower.require()
-    loaded = needs.load(model)
-    branches = BRANCHES if branch == "both" else (branch,)
-    made = parts.export(loaded, out, recipe=how, branches=branches, source=model)
-    for name, error in made.parity.items():
-        print(f"{name}: {error:.1e} from JAX" + (f", {made.lowered[name]:.1e} before rounding" if how else ""))
-    for part in made.parts:
-        print(
-            f"{part.name}: {part.file.bytes / 1e6:.2f} MB, {made.bits[part.name]:.2f} bits a weight, "
-            f"{len(part.signatures)} signatures"
-        )
-    print(f"decoder's layers: {made.bits['layers']:.2f} bits a weight")
-    print(f'ask it: hypervl ask PICTURE "what is this?" --runtime litert --model {out}')
-
-
-def verify(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, model: str | None = None) -> None:
-    """Prove exported files again: the integers they hold bit by bit, and every seam against JAX on pictures.
-
-    For example:
-
-    hypervl verify phone
-
-    Args:
-        folder: what hypervl export wrote.
-        model: the model it was made from; if not given, where it was then.
-    """
-    from hypervl_jax.export import lower, manifest, parts
-
-    lower.require()
-    made = manifest.check(folder)
-    if not (model or made.source):
-        raise needs.UsageError(f"{folder}: does not say what it was made from; give --model")
-    seams = parts.prove(needs.load(model or made.source), folder)
-    for seam in seams:
-        print(f"{seam.name}: {seam.error:.1e} from JAX, {seam.limit:g} is allowed")
-    if wrong := [str(seam) for seam in seams if not seam.ok]:
-        raise lower.ExportError(f"{folder}: {'; '.join(wrong)}")
-    print(f"{folder}: proved" + (", the integers bit by bit" if made.recipe else ""))
-
-
-def doctor(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, load: bool = True) -> None:
-    """Say what is wrong with exported files: missing, truncated, tampered with, of another model.
-
-    For example:
-
-    hypervl doctor phone
-
-    Args:
-        folder: what hypervl export wrote.
-        load: whole files are loaded too, each in a process of its own.
-    """
-    from hypervl_jax.export import doctor as of
-    from hypervl_jax.export import lower
-
-    lower.extra("ai_edge_litert.interpreter")
-    found = of.examine(folder, load)
-    for fault in found:
-        print(fault)
-    if found:
-        raise lower.ExportError(f"{folder}: {len(found)} fault{'s' * (len(found) > 1)}, named above")
-    print(f"{folder}: whole" + ("; every part loads" if load else ""))
 
 
 def convert(
@@ -290,10 +256,13 @@ VERBS = {
     "tokens": tokens,
     "quickstart": quickstart,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
-    "export": export,
-    "verify": verify,
-    "doctor": doctor,
+    "recipe": picking.recipe,
+    "export": exporting.export,
+    "verify": exporting.verify,
+    "doctor": exporting.doctor,
+    "bench": exporting.bench,
     "convert": convert,
     "data": preparing.data,
     "rescale": rescaling.rescale,
@@ -322,12 +291,20 @@ def main(argv: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=argv or ["--help"])
     except KeyboardInterrupt:
         print("\nhypervl: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
     except Exception as e:
         if debug:
             raise
         print("hypervl: " + " ".join(_line(e).split()), file=sys.stderr)
-        sys.exit(getattr(e, "exit_code", 1))
+        _leave(getattr(e, "exit_code", 1))
+
+
+def _leave(code: int) -> None:
+    if "jax" in sys.modules:
+        from hypervl_jax import mesh, watch
+
+        mesh.leave(code, alone=code != watch.RESUME)
+    sys.exit(code)
 
 
 def _line(e: Exception) -> str:

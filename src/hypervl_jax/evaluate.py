@@ -220,10 +220,12 @@ def answer_losses(
     return out
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _divergence(params: dict, cfg: ModelConfig, tiles: Array, mask: Array, row: Any):
+@functools.partial(jax.jit, static_argnames=("cfg", "branches"))
+def _divergence(
+    params: tuple[dict, dict], cfg: ModelConfig, branches: tuple[Branch, Branch], tiles: Array, mask: Array, row: Any
+):
     _, answers = losses.shift(row.ids, row.loss)
-    t, s = (jax.nn.log_softmax(_logits(params, cfg, b, tiles, mask, row)) for b in ("large", "base"))
+    t, s = (jax.nn.log_softmax(_logits(p, cfg, b, tiles, mask, row)) for p, b in zip(params, branches, strict=True))
     kl, same = (jnp.exp(t) * (t - s)).sum(-1), t.argmax(-1) == s.argmax(-1)
     return jnp.stack([jnp.where(answers, x, 0).sum(-1) for x in (kl, same, jnp.ones_like(kl))], -1)
 
@@ -231,9 +233,20 @@ def _divergence(params: dict, cfg: ModelConfig, tiles: Array, mask: Array, row: 
 def divergence(model: Model, screens: Sequence[Screen]) -> np.ndarray:
     """f64[n 3]: over the tokens of the true answers about each screen, teacher-forced: the sum of KL(Large || Base) at
     temperature 1 (nats), how many the branches agree on (most likely token), and how many there are."""
+    return _diverged((model.params, model.params), model, ("large", "base"), screens)
+
+
+def drift(model: Model, params: dict, branch: Branch, screens: Sequence[Screen]) -> np.ndarray:
+    """f64[n 3]: the same of a model and itself with other weights, KL(model || other)."""
+    return _diverged((model.params, params), model, (branch, branch), screens)
+
+
+def _diverged(
+    params: tuple[dict, dict], model: Model, branches: tuple[Branch, Branch], screens: Sequence[Screen]
+) -> np.ndarray:
     out = np.zeros((len(screens), 3))
     for now, seen in _rows(model, screens, [1.0] * len(screens), max(len(s.questions) for s in screens)):
-        out[now] = np.asarray(_divergence(model.params, model.config, *seen))[: len(now)]
+        out[now] = np.asarray(_divergence(params, model.config, branches, *seen))[: len(now)]
     return out
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.util
+import itertools
 import os
+from collections.abc import Container, Iterable
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hypervl_jax.config import Config, ConfigError
 from hypervl_jax.presets import PRESETS, preset
 
+T = TypeVar("T")
 DEFAULT = "nano"  # weights that ship
 EXTRAS = {  # what an extra brings -> the extra
     "tensorflow_datasets": "train",
     "grain": "train",
     "array_record": "train",
     "ai_edge_litert": "export",
+    "libtpu": "plan",
 }
 
 
@@ -26,8 +32,7 @@ class UsageError(ValueError):
 
 def load_config(name: str, steps: int | None = None) -> Config:
     """A preset by name, or `get_config()` of a Python file. Raises `ConfigError` saying what there is."""
-    path = Path(name)
-    cfg = _config_of(path) if name not in PRESETS and (path.suffix == ".py" or path.exists()) else preset(name)
+    cfg = _config_of(Path(name), Config, PRESETS) if _is_file(name, PRESETS) else preset(name)
     if steps is None:
         return cfg
     if steps < 1:
@@ -38,27 +43,49 @@ def load_config(name: str, steps: int | None = None) -> Config:
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps, stage0_steps=early))
 
 
-def _config_of(path: Path) -> Config:
+def pair_config(name: str, steps: int | None = None) -> Any:
+    """The same of a pair for image rescaling, a `PairConfig`."""
+    from hypervl_jax.rescale import train
+
+    cfg = (
+        _config_of(Path(name), train.PairConfig, train.PRESETS) if _is_file(name, train.PRESETS) else train.preset(name)
+    )
+    if steps is None:
+        return cfg
+    if steps < 1:
+        raise UsageError(f"--steps {steps}: at least 1")
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
+
+
+def _is_file(name: str, presets: Container[str]) -> bool:
+    return name not in presets and (Path(name).suffix == ".py" or Path(name).exists())
+
+
+def _config_of(path: Path, kind: type[T], presets: Iterable[str]) -> T:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise ConfigError(f"{path}: {what}; give a preset ({', '.join(PRESETS)}) or a file such as configs/nano.py")
+        raise ConfigError(f"{path}: {what}; give a preset ({', '.join(presets)}) or a file such as those of configs/")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: a config is a Python file (.py) with `def get_config() -> Config`")
+        raise ConfigError(f"{path}: a config is a Python file (.py) with `def get_config() -> {kind.__name__}`")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         cfg = module.get_config()
     except Exception as e:  # it is the user's program: anything may come out of it
         raise ConfigError(f"{path}: get_config() could not be had from this file ({type(e).__name__}: {e})") from e
-    if not isinstance(cfg, Config):
-        raise ConfigError(f"{path}: get_config() must return a Config, not {type(cfg).__name__}")
+    if not isinstance(cfg, kind):
+        raise ConfigError(f"{path}: get_config() must return a {kind.__name__}, not {type(cfg).__name__}")
     return cfg
 
 
-def prepared(config: str, steps: int | None, out: Path) -> Config:
+def prepared(config: str, steps: int | None, out: Path, accumulate: int | None = None) -> Config:
     """The config of a run, when what the run needs is there: found out now, not after an hour."""
     cfg = load_config(config, steps)
+    if accumulate is not None:
+        from hypervl_jax import forecast
+
+        cfg = forecast.resized(cfg, accumulate=accumulate)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is there; choose another --out")
     need("tensorflow_datasets", "grain")
@@ -76,6 +103,16 @@ def missing(module: str) -> str:
     return f"{module} is not installed: pip install 'hypervl-jax[{EXTRAS[module]}]', or `make setup` in a clone"
 
 
+def compiler() -> None:
+    """The TPU's compiler, and the one that goes with this JAX: what another compiles it may not be able to read."""
+    need("libtpu")
+    found, about = metadata.version("libtpu"), metadata.requires("jax") or ()
+    wanted = [r.split(";")[0].removeprefix("libtpu==").strip() for r in about if r.startswith("libtpu==")]
+    if wanted and not fnmatch.fnmatch(found, wanted[0]):
+        jax = metadata.version("jax")
+        raise UsageError(f"libtpu {found}: JAX {jax} goes with {wanted[0]}, and with no other: pip install 'jax[tpu]'")
+
+
 def load(name: str, dtype: Any = "float32") -> Any:
     """A model, or the one line that says how to come by one."""
     from hypervl_jax import checkpoint
@@ -91,6 +128,22 @@ def load(name: str, dtype: Any = "float32") -> Any:
         raise UsageError(f"{name}: these are exported files; ask them with --runtime litert, or give the model folder")
     keep_compiled()
     return checkpoint.load_model(name, dtype)
+
+
+def samples(model: Any, n: int, data: Path | None) -> list[Any]:
+    """Samples to calibrate `model` on, of a prepared data set or composed."""
+    from hypervl_jax import calibrate
+
+    if data is None:
+        if "config" not in model.info:
+            raise UsageError("this model does not say what it was trained on: give samples as --data FOLDER")
+        return calibrate.from_screens(model, n)
+    need("tensorflow_datasets", "array_record")
+    from hypervl_jax.data import feeds
+
+    splits = feeds.records(data)
+    turns = ((i, split) for i in range(n) for split in splits if i < len(split))
+    return calibrate.from_conversations(split[i] for i, split in itertools.islice(turns, n))
 
 
 def exported(name: str) -> Path:

@@ -73,7 +73,7 @@ def nano() -> Config:
         DataConfig(screens, batch=16, tile_buckets=(1, 3, 5, 7), lengths=(160, 208, 224, 232)),
         TrainConfig(steps=8_000, stage0_steps=2_500, scan=False, **_MUON),
         DclConfig(),
-        VrcTrainConfig(steps=2_000, lr=2e-3, sight_steps=6_000),
+        VrcTrainConfig(tolerance=2.0, floor=0.6, steps=2_000, lr=2e-3, sight_steps=12_000),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from hypervl_jax.tensors import flatten, unflatten
+from hypervl_jax.tensors import flatten
 
 Bits = Literal[8, 4]
 
@@ -36,7 +37,8 @@ class Kind(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What becomes of the matrices whose whole path (`llm.blocks.layers.q.weight`) a pattern matches."""
+    """What becomes of the matrices whose whole path a pattern matches: `llm.blocks.layers.q.weight` in every layer of a
+    stack, or `llm.blocks.layers.3.q.weight` in one."""
 
     path: str
     kind: str  # one of KINDS; "f32": as it is
@@ -72,19 +74,35 @@ class Quantized(NamedTuple):
     def group(self) -> int:
         return self.q.shape[-1] * (8 // self.bits) // self.scale.shape[-1]
 
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.bits, self.group if self.scale.dtype == jnp.float16 else None)
+
+
+class Rounded(NamedTuple):
+    """A matrix, or a stack of them, and to how many steps the rows are rounded that it multiplies."""
+
+    weight: Any  # an array or `Quantized`
+    steps: Any  # f32[...]: 2^bits - 1
+
 
 def quantize_matrix(w: Float[np.ndarray, "*S O I"], kind: Kind) -> Quantized:
     """The nearest integers, symmetric about 0, the largest of a group at the end of the range. I is a multiple of the
-    group, and even in 4 bits."""
+    group, and even in 4 bits. Raises `RecipeError` for weights that are not finite, or too large for their scales."""
     most = 2 ** (kind.bits - 1) - 1
     w = np.asarray(w, np.float32)
     groups = w.reshape(*w.shape[:-1], -1, kind.group or w.shape[-1])
-    scale = np.abs(groups).max(-1) / np.float32(most)
-    if kind.group:
-        scale = scale.astype(jnp.bfloat16).astype(np.float16)
+    scale = round_scale(np.abs(groups).max(-1) / np.float32(most), grouped=kind.group is not None)
+    if not np.isfinite(scale).all():
+        raise RecipeError("weights that are not finite, or too large for their scales; the model is damaged")
     whole = np.where(scale > 0, scale, 1)[..., None].astype(np.float32)
     q = np.clip(np.rint(groups / whole), -most, most).astype(np.int8)
     return quantized(q.reshape(w.shape), scale, kind.bits)
+
+
+def round_scale(scale: Float[np.ndarray, "*S"], grouped: bool) -> Float[np.ndarray, "*S"]:
+    """A scale as it is kept: f32 of a row, f16 of 8 significant bits of a group."""
+    return scale.astype(jnp.bfloat16).astype(np.float16) if grouped else scale.astype(np.float32)
 
 
 def quantized(q: Int8[np.ndarray, "*S O I"], scale: Float[np.ndarray, "*S O G"], bits: Bits) -> Quantized:
@@ -127,26 +145,91 @@ def floats(w: Quantized) -> Float[np.ndarray, "*S O I"]:
     return groups.reshape(q.shape)
 
 
+def round_rows(x: Float[Array, "*M I"], steps: Array) -> Float[Array, "*M I"]:
+    """Rows as integers of so many steps with a scale and a zero point each, and back: 255 steps are what XNNPACK makes
+    of the rows that it multiplies integers by, in its own arithmetic."""
+    low, high = jnp.minimum(x.min(-1, keepdims=True), 0), jnp.maximum(x.max(-1, keepdims=True), 0)
+    least = -(steps + 1) / 2
+    scale = jnp.maximum((high - low) / steps, 1e-30)
+    zero = jnp.clip(jnp.round(least - low / scale), least, least + steps)
+    return (jnp.clip(jnp.round(x / scale) + zero, least, least + steps) - zero) * scale
+
+
+ACTIVATIONS = ("f32", "bf16", "f16", "int16", "int8")
+
+
+def with_activations(params: dict, kind: str) -> dict:
+    """A model, its matrices in integers or not, that computes in activations of a `kind` of ACTIVATIONS: in floats of
+    16 bits everywhere, or in f32 with the rows that its matrices multiply rounded to integers (`round_rows`). VRC stays
+    in f32."""
+    if kind == "f32":
+        return params
+    narrow = {"bf16": jnp.bfloat16, "f16": jnp.float16}.get(kind)
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.startswith("vrc."):
+            return leaf
+        if narrow is not None:
+            return leaf if isinstance(leaf, Quantized) else jnp.asarray(leaf, narrow)
+        if not is_matrix(name):
+            return leaf
+        numbers = leaf.q if isinstance(leaf, Quantized) else leaf
+        return Rounded(leaf, np.full(numbers.shape[:-2], 2 ** int(kind.removeprefix("int")) - 1, np.float32))
+
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
+
+
 def parse(texts: Iterable[str]) -> Recipe:
     """Rules as they are written, `PATTERN=KIND`. Raises `RecipeError` for what is none."""
-    rules = []
-    for text in texts:
-        path, equals, kind = text.rpartition("=")
-        if not equals or kind not in KINDS:
-            raise RecipeError(f"{text!r}: a rule is PATTERN=KIND, its kind one of {', '.join(KINDS)}")
-        rules.append(Rule(path, kind))
+    return tuple(map(_rule, texts))
+
+
+def _rule(text: str) -> Rule:
+    path, equals, kind = text.rpartition("=")
+    if not equals or kind not in KINDS:
+        raise RecipeError(f"{text[:200]!r}: a rule is PATTERN=KIND, its kind one of {', '.join(KINDS)}")
+    return Rule(path, kind)
+
+
+def read(given: Iterable[str]) -> Recipe:
+    """Rules, and the rules of files: a line each, without empty lines and what follows a `#`. Raises `RecipeError`
+    naming the file and the line."""
+    rules: list[Rule] = []
+    for text in given:
+        if "=" in text and (text.rpartition("=")[2] in KINDS or not Path(text).is_file()):
+            rules.append(_rule(text))
+            continue
+        try:
+            lines = Path(text).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as e:
+            raise RecipeError(f"{text}: not a file of rules: not text; its lines are PATTERN=KIND") from e
+        except OSError as e:
+            raise RecipeError(f"{text}: neither a rule, PATTERN=KIND, nor a file of them ({e.strerror})") from e
+        for n, line in enumerate(lines, 1):
+            if line := line.partition("#")[0].strip():
+                try:
+                    rules.append(_rule(line))
+                except RecipeError as e:
+                    raise RecipeError(f"{text}:{n}: {e}") from e
     return tuple(rules)
 
 
 def kind_of(path: str, inputs: int, recipe: Recipe) -> Kind | None:
-    """How a recipe keeps a leaf (`llm.blocks.layers.q.weight`) of so many inputs; None: as it is. Where its group
-    does not divide the inputs a matrix is kept in 8 bits."""
+    """How a recipe keeps a leaf (`llm.blocks.layers.q.weight`, or of one layer `llm.blocks.layers.3.q.weight`) of so
+    many inputs; None: as it is. Where its group does not divide the inputs a matrix is kept in 8 bits."""
     if not is_matrix(path):
         return None
-    kind = next((KINDS[rule.kind] for rule in recipe if re.fullmatch(rule.path, path)), None)
+    names = {path, _in_every_layer(path)}
+    found = (KINDS[rule.kind] for rule in recipe if any(re.fullmatch(rule.path, name) for name in names))
+    kind = next(found, None)
     if kind is None or kind.bits == 8:
         return kind
     return kind if inputs % (kind.group or 2) == 0 else Kind(8)
+
+
+def _in_every_layer(path: str) -> str:
+    return re.sub(r"\.layers\.\d+\.", ".layers.", path)
 
 
 def is_matrix(path: str) -> bool:
@@ -160,28 +243,62 @@ def packer(recipe: Recipe) -> Callable[[str, np.ndarray], Any]:
 
     def pack(path: str, numbers: np.ndarray) -> Any:
         kind = kind_of(path, numbers.shape[-1] if numbers.ndim else 0, recipe)
-        return numbers if kind is None else quantize_matrix(numbers, kind)
+        try:
+            return numbers if kind is None else quantize_matrix(numbers, kind)
+        except RecipeError as e:
+            raise RecipeError(f"{path}: {e}") from e
 
     return pack
 
 
 def quantize(params: dict, recipe: Recipe) -> dict:
     """A model's tree with its matrices as the recipe says; every function of the library takes it in place of the
-    other. Not to be trained or saved. Raises `RecipeError` for a rule that speaks of no matrix, or of an unknown kind.
+    other. A stack whose layers are kept alike stays one, another becomes a list of layers. Not to be trained or saved.
+    Raises `RecipeError` for a rule that speaks of no matrix, or of an unknown kind.
     """
-    flat = flatten(params)
-    check(recipe, [path for path in flat if is_matrix(path)])
-    pack = packer(recipe)
-    return unflatten({path: pack(path, np.asarray(leaf)) for path, leaf in flat.items()})
+    paths = [path for path in flatten(params) if is_matrix(path)]
+    layers = [_layer(path, i) for path in paths for i in range(_depth(params, path))]
+    check(recipe, paths, layers)
+    return _quantize(params, packer(recipe), "")
 
 
-def check(recipe: Recipe, paths: list[str]) -> None:
-    """Raises `RecipeError` for a rule of which none of the matrices at `paths` would know."""
+def _quantize(tree: dict, pack: Callable[[str, np.ndarray], Any], path: str) -> dict:
+    out = {}
+    for key, value in tree.items():
+        name = path + key
+        if key == "layers" and isinstance(value, dict):
+            depth = len(jax.tree.leaves(value)[0])
+            each = [jax.tree.map(lambda a: np.asarray(a)[i], value) for i in range(depth)]  # noqa: B023 - used at once
+            out[key] = joined([_quantize(layer, pack, f"{name}.{i}.") for i, layer in enumerate(each)])
+        else:
+            out[key] = _quantize(value, pack, f"{name}.") if isinstance(value, dict) else pack(name, np.asarray(value))
+    return out
+
+
+def joined(layers: list[dict]) -> dict | list[dict]:
+    """Layers as a stack, one array a leaf; as they came where their matrices are not kept alike."""
+    first, *others = ([(a.shape, a.dtype) for a in jax.tree.leaves(layer)] for layer in layers)
+    alike = all(jax.tree.structure(layer) == jax.tree.structure(layers[0]) for layer in layers)
+    return jax.tree.map(lambda *a: np.stack(a), *layers) if alike and all(o == first for o in others) else layers
+
+
+def _depth(params: dict, path: str) -> int:
+    """How many layers the stack has that a leaf is of; 0: it is of none."""
+    return len(flatten(params)[path]) if ".layers." in path else 0
+
+
+def _layer(path: str, i: int) -> str:
+    return path.replace(".layers.", f".layers.{i}.")
+
+
+def check(recipe: Recipe, paths: list[str], layers: Iterable[str] = ()) -> None:
+    """Raises `RecipeError` for a rule of which none of the matrices at `paths`, or of single `layers`, would know."""
+    names = (*paths, *layers)
     for rule in recipe:
         if rule.kind not in KINDS:
             raise RecipeError(f"{rule}: no such kind; choose one of {', '.join(KINDS)}")
         try:
-            known = any(re.fullmatch(rule.path, path) for path in paths)
+            known = any(re.fullmatch(rule.path, name) for name in names)
         except re.error as e:
             raise RecipeError(f"{rule}: not a pattern: {e}") from e
         if not known:

@@ -24,20 +24,21 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, report, sight, tokens, train
+from hypervl_jax import bench, checkpoint, compress, config, evaluate, image, judge, mesh, report, sight, tokens, train
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Config
 from hypervl_jax.data import feeds, pipeline
 from hypervl_jax.data.assets import Assets
 from hypervl_jax.data.screens import Screen, check
 from hypervl_jax.export.lower import ExportUnavailable
+from hypervl_jax.mesh import MeshConfig
 from hypervl_jax.model import vrc
 from hypervl_jax.runs import begun, read, same_config, same_start, write
 from hypervl_jax.tensors import flatten, unflatten
 from hypervl_jax.watch import PLAIN, Watch, keep_example
 
 SIGHTS = 16_000  # screens that VRC's trunk learns to see on; their proxies are in memory at once
-RETAIN = 0.993  # what VRC is calibrated to keep: above the paper's 98.7 %, since held-out pictures land on either side
+RETAIN = 0.99  # what VRC is calibrated to keep: above the paper's 98.7 %, since held-out pictures land on either side
 
 
 class Stages:
@@ -61,10 +62,13 @@ class Stages:
             try:
                 result = compute()
             finally:
-                write(spent, seconds := before + time.monotonic() - start)
+                seconds = before + time.monotonic() - start
+                if mesh.leads():
+                    write(spent, seconds)
             stored = {"seconds": seconds, "peak_rss_gb": bench.peak_rss_gb(), "result": result}
-            write(path, stored)
-            spent.unlink()
+            if mesh.leads():
+                write(path, stored)
+                spent.unlink()
         self.seconds[name] = stored["seconds"]
         self.peak_rss_gb = max(self.peak_rss_gb, stored.get("peak_rss_gb", 0.0))
         return stored["result"]
@@ -95,11 +99,13 @@ def words(cfg: Config, source: pipeline.Source, path: Path) -> tokens.Tokenizer:
 
 
 def make_model(
-    cfg: Config, out: Path | str, start: Path | str | None = None, stage: Stages | None = None, watch: Watch = PLAIN
-) -> Model:
+    cfg: Config, out: Path | str, start: Path | str | None = None, stage: Stages | None = None, watch: Watch = PLAIN,
+    on: MeshConfig = mesh.ONE,
+) -> Model:  # fmt: skip
     """Data, training, labels and VRC under `out`; returns the model in `out/model`. Resumes what was interrupted.
     `start` is a model to begin with, of the stage before: its weights and its tokenizer; without it they are made anew.
-    With `train.steps` 0 it stands still, and what is trained is VRC.
+    With `train.steps` 0 it stands still, and what is trained is VRC. On the mesh `on` it trains; whatever else there is
+    to do, the first of several processes does for all.
 
     Raises `ConfigError` if `out` holds a run with other settings or another `start`, if a set it needs is to be empty,
     or if `start` is a model of other sizes, or missing where it stands still.
@@ -115,28 +121,29 @@ def make_model(
             raise config.ConfigError(f"data.screens.{name}: at least 1, a model is made from them")
     check(Assets.load(), cfg.data.screens)
     out.mkdir(parents=True, exist_ok=True)
-    same_config(out / "config.json", cfg)
-    same_start(out, start)
-    stage, screens = stage or Stages(out), cfg.data.screens
-    stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
-    source = tfds_builders.build(screens, out / "data")  # anew where it is gone, or of an older version of the code
-    names, model_dir = classes(cfg), out / "model"
-    tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER) if first is None else first.tokenizer
-    feed = feeds.Screens(cfg, source["train"], source["sheets"], tokenizer, names)
-    keep_example(out, next(iter(feed.examples(1)), None))
+    stage, screens, names, model_dir = stage or Stages(out), cfg.data.screens, classes(cfg), out / "model"
+    with mesh.first("data"):
+        same_config(out / "config.json", cfg)
+        same_start(out, start)
+        stage("data", lambda: {k: len(v) for k, v in tfds_builders.build(screens, out / "data").items()})
+        source = tfds_builders.build(screens, out / "data")  # anew where it is gone, or of an older version of the code
+        tokenizer = words(cfg, source["train"], out / checkpoint.TOKENIZER) if first is None else first.tokenizer
+        feed = feeds.Screens(cfg, source["train"], source["sheets"], tokenizer, names)
+        keep_example(out, next(iter(feed.examples(1)), None))
     if first is None or cfg.train.steps:
-        stage("train", lambda: _train(cfg, feed, out, first, watch))
-        params = train.restore(cfg, out / "train", len(names)).params
+        stage("train", lambda: _train(cfg, feed, out, first, watch, on))
+        params = mesh.whole(train.restore(cfg, out / "train", len(names), on).params)
     else:
         params = first.params
     net = vrc.init(jax.random.key(cfg.vrc.seed), cfg.model.vrc) if first is None else first.params["vrc"]
-    if first is None and cfg.vrc.sight_steps:
-        stage("sight", lambda: _sight(cfg, source["train"], net, out / "trunk.npz"))
-        net = _load_tree(out / "trunk.npz", net, "sight")
-    model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": net}, tokenizer, {})
-    stage("labels", lambda: _labels(model, cfg, source["label"], out / "labels.npz"))
-    stage("vrc", lambda: _vrc(model, cfg, source["label"], out / "labels.npz", model_dir))
-    return checkpoint.load_model(model_dir)
+    with mesh.first("vrc"):
+        if first is None and cfg.vrc.sight_steps:
+            stage("sight", lambda: _sight(cfg, source["train"], net, out / "trunk.npz"))
+            net = _load_tree(out / "trunk.npz", net, "sight")
+        model = Model(cfg.model, {**{k: params[k] for k in (*BRANCHES, "llm")}, "vrc": net}, tokenizer, {})
+        stage("labels", lambda: _labels(model, cfg, source["label"], out / "labels.npz"))
+        stage("vrc", lambda: _vrc(model, cfg, source["label"], out / "labels.npz", model_dir))
+        return checkpoint.load_model(model_dir)
 
 
 def run(cfg: Config, out: Path | str) -> dict[str, Any]:
@@ -213,8 +220,8 @@ def _origin() -> dict[str, Any]:
     return {**found, "command": bench.told(["hypervl", *sys.argv[1:]])}
 
 
-def _train(cfg: Config, feed: feeds.Feed, out: Path, first: Model | None, watch: Watch) -> dict:
-    state = train.run(cfg, feed, out / "train", watch, first and first.params)
+def _train(cfg: Config, feed: feeds.Feed, out: Path, first: Model | None, watch: Watch, on: MeshConfig) -> dict:
+    state = train.run(cfg, feed, out / "train", watch, first and first.params, on)
     return {"steps": int(state.step), "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
 
 

@@ -65,9 +65,13 @@ class Sample(NamedTuple):
 
 def write(path: Path, summary: Summary, curves: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> None:
     """Writes the page; `curves` are the rows of a run's log.jsonl. The old page stays until the new one is complete."""
-    text = page(summary, curves, samples).encode("utf-8", "xmlcharrefreplace")
+    put(path, page(summary, curves, samples))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a page; the old one stays until the new one is complete."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text)
+    partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
     os.replace(partial, path)
 
 
@@ -78,23 +82,28 @@ def page(summary: Summary, curves: Sequence[Mapping[str, Any]], samples: Sequenc
         f"<header><p class=kicker>HyperVL</p><h1>{escape(name)}</h1>",
         f"<p class=verdict>{escape(verdict(summary))}</p></header>",
         _headline(summary),
-        _section("Answers on held-out screens", _answers(summary)),
-        _section("Screens it had never seen", _screens(samples)),
-        _section("Learning", _learning(curves)),
+        section("Answers on held-out screens", _answers(summary)),
+        section("Screens it had never seen", _screens(samples)),
+        section("Learning", _learning(curves)),
         "<div class=pair>",
-        _section("Resolution it could do without", _vrc(summary)),
-        _section("Exported files", _export(summary)),
+        section("Resolution it could do without", _vrc(summary)),
+        section("Exported files", _export(summary)),
         "</div>",
-        _section("Time and memory", _cost(summary)),
+        section("Time and memory", _cost(summary)),
         _footer(summary),
     ]
+    return document(name, "".join(body))
+
+
+def document(name: str, body: str) -> str:
+    """A self-contained page around `body` (HTML), in the house's look."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{escape(name)} · HyperVL</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -130,7 +139,7 @@ def _answers(summary: Summary) -> str:
         ]
         groups.append((TASKS.get(task, task), dots, [get(summary, "controls", k, task) for k in CONTROLS]))
     keys = {"base": "Base", "large": "Large", "hollow": "with VRC", "control0": "majority", "control1": "shuffled"}
-    figure = _figure(charts.intervals(groups), "Accuracy with 95 % intervals", keys, "beside")
+    drawn = figure(charts.intervals(groups), "Accuracy with 95 % intervals", keys, "beside")
 
     branches = [b for b in BRANCHES if any(c[0] == b for c in columns)]
     head = "".join(
@@ -157,7 +166,7 @@ def _answers(summary: Summary) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div><p class=note>Per cent correct, and its Wilson 95 % interval. "
         f"Controls: {escape('; '.join(f'{k}, {v}' for k, v in CONTROLS.items()))}.</p>"
     )
-    return figure + table
+    return drawn + table
 
 
 def _screens(samples: Sequence[Sample]) -> str:
@@ -235,7 +244,7 @@ def _learning(curves: Sequence[Mapping[str, Any]]) -> str:
             for k, (label, colour) in keys.items()
         ]
         drawn = charts.lines(series, "step", caption, smooth=True, width=340)
-        return _figure(drawn, caption, {c: l for s, (l, c) in zip(series, keys.values(), strict=True) if s.points})
+        return figure(drawn, caption, {c: l for s, (l, c) in zip(series, keys.values(), strict=True) if s.points})
 
     two = {b: (b.capitalize(), b) for b in BRANCHES}
     drawn = [
@@ -260,7 +269,7 @@ def _vrc(summary: Summary) -> str:
         caption += f" Mean area ratio {x:.2f}."
     if known(x := v.get("rank_correlation")):
         caption += f" Rank correlation with the legible scale {x:.2f}."
-    return _figure(drawn, caption) or _missing("the figures of VRC")
+    return figure(drawn, caption) or _missing("the figures of VRC")
 
 
 def _export(summary: Summary) -> str:
@@ -280,7 +289,7 @@ def _export(summary: Summary) -> str:
     names = [f"{k} × {v}" for k, v in ops.items()] if isinstance(ops, Mapping) else [str(op) for op in ops]
     listed = f"<details><summary>{len(names)} kinds of operation</summary><p>{escape(', '.join(names))}</p></details>"
     chart = charts.bars(rows, colour="large")
-    return (_figure(chart, said) or f"<p>{escape(said)}</p>") + (listed if names else "")
+    return (figure(chart, said) or f"<p>{escape(said)}</p>") + (listed if names else "")
 
 
 def _cost(summary: Summary) -> str:
@@ -291,7 +300,7 @@ def _cost(summary: Summary) -> str:
         caption += f" Together {_duration(total)}."
     if known(peak := summary.get("peak_rss_gb")):
         caption += f" Peak resident memory {peak:.1f} GB."
-    time = _figure(charts.bars(rows), caption) or _missing("the time of each part")
+    time = figure(charts.bars(rows), caption) or _missing("the time of each part")
 
     sizes = [r for r in get(summary, "memory") or [] if isinstance(r, Mapping) and known(r.get("side"))]
     series = [
@@ -300,7 +309,7 @@ def _cost(summary: Summary) -> str:
     ]
     drawn = charts.lines(series, "side of a square picture, pixels", "working memory, MB", log=True, dots=True)
     caption = "Working memory of the encoder, MB: by compiler analysis, weights apart"
-    memory = _figure(drawn, caption, {s.colour: s.label for s in series}) or _missing("memory over image size")
+    memory = figure(drawn, caption, {s.colour: s.label for s in series}) or _missing("memory over image size")
     return f"<div class=pair>{time}{memory}</div>"
 
 
@@ -315,11 +324,11 @@ def _footer(summary: Summary) -> str:
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def _figure(chart: str, caption: str, keys: Mapping[str, str] | None = None, kind: str = "") -> str:
+def figure(chart: str, caption: str, keys: Mapping[str, str] | None = None, kind: str = "") -> str:
     """A chart under its caption and its key (class -> label); nothing for an empty chart."""
     if not chart:
         return ""

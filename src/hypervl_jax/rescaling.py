@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from hypervl_jax import image, needs
+from hypervl_jax import image, needs, pairing
 from hypervl_jax.config import SEEDS
 from hypervl_jax.rescale import files
 
+DEFAULT = "light_x2"  # of the pairs that ship
 STEPS = 10_000  # the most a loop may have
 
 Files = Annotated[Positional[tuple[Path, ...]], arg(metavar="PICTURE...")]
@@ -75,7 +76,7 @@ def down(
     _check(run)
     config = _config(how)
     jobs = files.jobs(pictures, out, files.SMALL, run.overwrite)
-    net = _pair(pair)
+    net = pair_of(pair)
     from hypervl_jax.rescale import pictures as any_picture
 
     def one(job: files.Job) -> None:
@@ -113,7 +114,7 @@ def up(
     """
     _check(run)
     jobs = files.jobs(pictures, out, files.LARGE, run.overwrite)
-    net = _pair(pair)
+    net = pair_of(pair)
     from hypervl_jax.rescale import pictures as any_picture
 
     def one(job: files.Job) -> None:
@@ -152,7 +153,7 @@ def evaluate(
     jobs = [files.Job(source) for source in files.found(pictures)]
     if out is not None:
         files.checked(jobs[0].source, out, run.overwrite, ".json")
-    net = _pair(pair)
+    net = pair_of(pair)
     from hypervl_jax.rescale import evaluate as measure
 
     some = measure.ways(config)
@@ -203,7 +204,7 @@ def compare(
     _check(run)
     config = _config(how)
     files.checked(picture, out, run.overwrite, ".png")
-    net = _pair(pair)
+    net = pair_of(pair)
     from hypervl_jax.rescale import compare as drawing
     from hypervl_jax.rescale import evaluate as measure
     from hypervl_jax.rescale import pictures as any_picture
@@ -225,7 +226,14 @@ def compare(
     files.each([files.Job(picture, out)], one)
 
 
-VERBS = {"down": down, "up": up, "eval": evaluate, "compare": compare}
+VERBS = {
+    "down": down,
+    "up": up,
+    "eval": evaluate,
+    "compare": compare,
+    "train": pairing.train,
+    "export": pairing.export,
+}
 
 
 def rescale() -> None:
@@ -240,6 +248,10 @@ def rescale() -> None:
     hypervl rescale eval Set5 --pair firn_x4.npz
 
     hypervl rescale compare photo.jpg --pair firn_x4.npz --out compared.png
+
+    hypervl rescale train tiny_x2 --data photos --out runs/tiny_x2
+
+    hypervl rescale export runs/tiny_x2/pair.npz --out phone
     """  # what `hypervl --help` lists; `cli.main` goes to VERBS
 
 
@@ -272,19 +284,21 @@ def _config(how: Hcd) -> Any:
     return HcdConfig(how.hr_steps, how.lr_steps, eps_mode=how.eps_mode)
 
 
-def _pair(name: str | None) -> Any:
-    """A pair by its file of weights, or the one line that says how to come by one."""
+def pair_of(name: str | None) -> Any:
+    """A pair by its file of weights or the name of one that ships, or the one line that says how to come by one."""
+    from hypervl_jax.rescale import pairs, weights
+
+    shipped = {file.stem: file for file in sorted(weights.SHIPPED.glob("*.npz"))}
+    name = name or (DEFAULT if DEFAULT in shipped else None)
     if not name:
         raise needs.UsageError(
             "no weights of a pair ship with this version; give --pair FILE with those of IRN, FIRN, HCFlow or IMDN "
             "(.npz, .safetensors, .pth; docs/rescaling.md), or --pair bicubic-x2 to see how it works"
         )
-    from hypervl_jax.rescale import pairs, weights
-
     needs.keep_compiled()
     if scale := re.fullmatch(r"bicubic-x([234])", name):
         return pairs.Pair(pairs.Bicubic(int(scale[1])), {})
-    return weights.recognise(name)
+    return weights.recognise(shipped.get(name, name))
 
 
 # --- work, and how far it is -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hypervl_jax import __version__, checkpoint, config
 from hypervl_jax.checkpoint import Model
@@ -23,6 +23,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 class TrainError(RuntimeError):
     """Training had to stop; what was saved before stays."""
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """A config of a model or of a pair, as far as a run speaks of it: `train` has a seed."""
+
+    @property
+    def train(self) -> Any: ...
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -100,7 +108,7 @@ def begun(start: Path | str, cfg: Config) -> Model:
     return model
 
 
-def same_run(path: Path, cfg: Config, about: dict[str, Any]) -> None:
+def same_run(path: Path, cfg: Settings, about: dict[str, Any]) -> None:
     """Writes the settings of training and what its data are, or raises `TrainError` where they are others. The number
     of steps may change, and what only VRC reads."""
     now = {"config": config.to_dict(cfg), **about}
@@ -112,7 +120,7 @@ def same_run(path: Path, cfg: Config, about: dict[str, Any]) -> None:
     except ConfigError as e:
         raise TrainError(str(e)) from e
     was = dict(found) if isinstance(found, dict) else {}
-    was["config"] = _known(was.get("config"))
+    was["config"] = _known(was.get("config"), type(cfg))
     for values in (was, now):
         values["config"] = _without(values["config"], (*FREE, "train.steps", "vrc"))
     if other := config.differences(was, now):
@@ -133,17 +141,17 @@ def _without(values: Any, paths: Sequence[str]) -> Any:
     return out
 
 
-def _known(values: Any) -> Any:
+def _known(values: Any, kind: type = Config) -> Any:
     """Settings that were written down, and defaults of those that were not known then."""
     with contextlib.suppress(ConfigError):
-        return config.to_dict(config.from_dict(Config, values))
+        return config.to_dict(config.from_dict(kind, values))
     return values
 
 
 # --- in a checkpoint -------------------------------------------------------------------------------------------------
 
 
-def about(cfg: Config, data: dict[str, Any], step: int, smooth: dict[str, float]) -> dict[str, Any]:
+def about(cfg: Settings, data: dict[str, Any], step: int, smooth: dict[str, float]) -> dict[str, Any]:
     """What a checkpoint says beside its weights and moments. Which samples come next, and every draw, are functions of
     seed and step; `smooth` are smoothed losses, their mean says which checkpoint is best."""
     loss = {"loss": sum(smooth.values()) / len(smooth)} if smooth else {}
@@ -155,8 +163,8 @@ def versions() -> dict[str, str]:
     return {"hypervl_jax": __version__, **{name: metadata.version(name) for name in PACKAGES}}
 
 
-def changed(saved: dict[str, Any], cfg: Config) -> list[str]:
+def changed(saved: dict[str, Any], cfg: Settings) -> list[str]:
     """How what goes on differs from what `about` told; nothing is known of checkpoints of older versions."""
     now = {"config": config.to_dict(cfg), "versions": versions()}
-    was = {"config": _known(saved.get("config")), "versions": saved.get("versions")}
+    was = {"config": _known(saved.get("config"), type(cfg)), "versions": saved.get("versions")}
     return config.differences(was, now) if saved else []

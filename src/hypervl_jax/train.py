@@ -15,13 +15,15 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
-from hypervl_jax import checkpoint, losses, optim, runs
+from hypervl_jax import checkpoint, losses, mesh, optim, runs
 from hypervl_jax.config import BRANCHES, Branch, Config, ConfigError
 from hypervl_jax.data.feeds import Feed
 from hypervl_jax.data.pipeline import Batch
+from hypervl_jax.mesh import MeshConfig
 from hypervl_jax.model import hypervl, llm
 from hypervl_jax.runs import TrainError
 from hypervl_jax.tensors import flatten
@@ -81,6 +83,20 @@ def init_state(cfg: Config, classes: int, start: dict | None = None) -> State:
         shapes = {"names": (classes, cfg.model.vit(branch).width), "cells": (cells, cfg.model.llm.width)}
         params[f"names_{branch}"] = {k: 0.05 * jax.random.normal(names, shape) for k, shape in shapes.items()}
     return State(jnp.int32(0), params, optim.init(cfg.train, params))
+
+
+def born(cfg: Config, classes: int, start: dict | None, grid: Mesh) -> State:
+    """`init_state` on a mesh, of which no device ever holds the whole."""
+    if start is None or grid.size == 1:
+        return mesh.born(grid, lambda: init_state(cfg, classes, start))
+    given = mesh.laid(grid, {g: start[g] for g in (*BRANCHES, "llm")})
+
+    def rest() -> State:
+        fresh = init_state(cfg, classes)
+        return fresh._replace(params={g: p for g, p in fresh.params.items() if g not in given})
+
+    state = mesh.born(grid, rest)
+    return state._replace(params=state.params | given)
 
 
 def job_at(cfg: Config, step: int) -> Job:
@@ -163,7 +179,7 @@ def totals(cfg: Config, batch: Batch) -> Totals:
 
 
 def loss_fn(
-    trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch, total: Totals = ALONE
+    trained: dict, fixed: dict, cfg: Config, job: Job, batch: Batch, total: Totals = ALONE, grid: Mesh | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """The objective of one job and its parts; with the `total` weights of a batch, the share these rows have in it.
     Gradients flow into `trained` only.
@@ -175,10 +191,10 @@ def loss_fn(
     must say which cell of its tile it is, or encoders so trained forget it and the decoder cannot tell places. Tokens
     are taken at unit size, or they would grow until no layer of the decoder could change them.
     """
-    wide = optim.joined(fixed, trained)
+    wide, batch = optim.joined(fixed, trained), mesh.by_rows(batch, grid)
     params = _narrow(wide, cfg)
-    seen = {b: patches(params, cfg, b, batch) for b in job.branches}
-    feats = {b: features(params, cfg, b, seen[b]) for b in job.branches}
+    seen = mesh.by_rows({b: patches(params, cfg, b, batch) for b in job.branches}, grid)
+    feats = mesh.by_rows({b: features(params, cfg, b, seen[b]) for b in job.branches}, grid)
     whole, parts = jnp.float32(0), {}
     if cfg.train.name_weight:
         p = cfg.model.policy
@@ -199,7 +215,7 @@ def loss_fn(
     targets, weights = _supervised(batch)
     chunk, head = cfg.train.loss_chunk, cast(Array, llm.head(wide["llm"]))
     read = row_hidden if chunk else row_logits
-    said = {b: read(params, cfg, feats[b], batch) for b in job.branches}
+    said = mesh.by_rows({b: read(params, cfg, feats[b], batch) for b in job.branches}, grid)
     for b in job.branches:
         if chunk:
             each = cast(Array, losses.chunked_cross_entropy(said[b], head, targets, chunk))
@@ -209,8 +225,8 @@ def loss_fn(
         whole, parts[f"loss_{b}"] = whole + term, term
     if "base" in job.branches and cfg.dcl.weight:
         if "large" not in said:
-            teacher = features(params, cfg, "large", patches(params, cfg, "large", batch))
-            said["large"] = read(params, cfg, teacher, batch)
+            teacher = features(params, cfg, "large", mesh.by_rows(patches(params, cfg, "large", batch), grid))
+            said["large"] = mesh.by_rows(read(params, cfg, mesh.by_rows(teacher, grid), batch), grid)
         pair, how = (said["large"], said["base"]), (weights, cfg.dcl.temperature)
         if chunk:
             kl = losses.chunked_dcl_kl(*pair, head, *how, chunk, total.answers)
@@ -241,13 +257,15 @@ def moving(params: dict, cfg: Config, job: Job) -> dict:
     return trained
 
 
-def gradients(params: dict, cfg: Config, job: Job, batch: Batch) -> tuple[dict, dict[str, Array]]:
+def gradients(
+    params: dict, cfg: Config, job: Job, batch: Batch, grid: Mesh | None = None
+) -> tuple[dict, dict[str, Array]]:
     """(gradients of what moves, parts of the loss). Pure: runs plain, under jit, pmap or shard_map alike.
 
     With `cfg.train.accumulate` the rows come in so many micro-batches, one after another; every mean is still over the
     whole batch, however answers and things are spread over them. Raises `ConfigError` as `moving` does.
     """
-    gradient = functools.partial(jax.grad(loss_fn, has_aux=True), moving(params, cfg, job), params, cfg, job)
+    gradient = functools.partial(jax.grad(loss_fn, has_aux=True), moving(params, cfg, job), params, cfg, job, grid=grid)
     k = cfg.train.accumulate
     if k == 1:
         return gradient(batch)
@@ -259,18 +277,22 @@ def gradients(params: dict, cfg: Config, job: Job, batch: Batch) -> tuple[dict, 
     return jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, share(rows)), None), zero, micro)[0]
 
 
-def train_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State, dict[str, Array]]:
-    """One update of what the job moves; everything else comes back bit-equal."""
-    grads, parts = gradients(state.params, cfg, job, batch)
+def train_step(
+    state: State, batch: Batch, cfg: Config, job: Job, grid: Mesh | None = None
+) -> tuple[State, dict[str, Array]]:
+    """One update of what the job moves; everything else comes back bit-equal, and all of it where it was on `grid`."""
+    grads, parts = gradients(state.params, cfg, job, batch, grid)
     lr = rate_at(cfg, state.step)
     params, opt, norm = optim.update(cfg.train, lr, grads, state.opt, state.params)
-    return State(state.step + 1, params, opt), {**parts, "grad_norm": norm, "lr": lr}
+    return mesh.stay(State(state.step + 1, params, opt), grid), {**parts, "grad_norm": norm, "lr": lr}
 
 
-def guarded_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[State, dict[str, Array]]:
+def guarded_step(
+    state: State, batch: Batch, cfg: Config, job: Job, grid: Mesh | None = None
+) -> tuple[State, dict[str, Array]]:
     """`train_step`, but where the loss or a gradient is not finite only the step counts and nothing moves. Where they
     are, the same but for rounding: the compiler fuses the choice with the update."""
-    after, metrics = train_step(state, batch, cfg, job)
+    after, metrics = train_step(state, batch, cfg, job, grid)
     fine = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
 
     def stays(new: Array, old: Array) -> Array:
@@ -280,62 +302,79 @@ def guarded_step(state: State, batch: Batch, cfg: Config, job: Job) -> tuple[Sta
     return State(after.step, params, opt), metrics
 
 
+def step_of(cfg: Config) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """The step that a run of these settings takes."""
+    return guarded_step if cfg.train.skips else train_step
+
+
 @functools.lru_cache(maxsize=4)
-def compiled(cfg: Config) -> Callable[[State, Batch, Job], tuple[State, dict[str, Array]]]:
-    """`train_step`, or with `cfg.train.skips` `guarded_step`, jitted for one config; the state is donated."""
-    step = jax.jit(guarded_step if cfg.train.skips else train_step, static_argnums=(2, 3), donate_argnums=0)
-    return lambda state, batch, job: step(state, batch, cfg, job)
+def compiled(cfg: Config, grid: Mesh | None = None) -> Callable[[State, Batch, Job], tuple[State, dict[str, Array]]]:
+    """The step jitted for one config and one mesh; the state is donated."""
+    step = jax.jit(step_of(cfg), static_argnums=(2, 3, 4), donate_argnums=0)
+    return lambda state, batch, job: step(state, batch, cfg, job, grid)
 
 
-def run(cfg: Config, feed: Feed, out: Path | str, watch: Watch = PLAIN, start: dict | None = None) -> State:
+def run(
+    cfg: Config, feed: Feed, out: Path | str, watch: Watch = PLAIN, start: dict | None = None, on: MeshConfig = mesh.ONE
+) -> State:
     """Trains to `cfg.train.steps` on what `feed` gives, resuming from the newest checkpoint under `out` that is whole;
     where there is none, from the weights `start` (those of the stage before) or from nothing. Writes `out/log.jsonl`.
+    On the mesh `on`, which need not be that of before; of several processes, which must all see `out`, each loads the
+    rows of its own devices, and the first writes.
 
     Raises `TrainError` when `out` holds a run of other settings or data, and when too many steps are not finite (the
-    batch of the last is then in `out`); `Stopped` on SIGTERM, on Ctrl-C and at `watch.stop_at`, with every step saved;
-    `ConfigError` for rules that do not fit the parameters, `ValueError` for data that fits no bucket.
+    batch of the last is then in `out`); `Stopped` on SIGTERM, on Ctrl-C and at `watch.stop_at`, of whichever process,
+    with every step saved; `ConfigError` for rules that do not fit the parameters and for a mesh that does not fit
+    devices or batch, `ValueError` for data that fits no bucket.
     """
-    out = Path(out)
-    feed.check(watch.progress)  # now, not after stage 0
-    # Put on its device as a restored state is: otherwise a resumed run would compile every step anew.
-    state = jax.device_put(init_state(cfg, feed.classes, start), jax.local_devices()[0])
+    out, shows = Path(out), watch.progress and mesh.leads()
+    feed.check(shows)  # now, not after stage 0
+    mesh.check(cfg, on)
+    grid, like = mesh.make(on), jax.eval_shape(lambda: init_state(cfg, feed.classes))
     early = cfg.train.stage0_steps
     for job in {job_at(cfg, step) for step in range(max(early - 1, 0), min(early + 64, cfg.train.steps))}:
-        moving(state.params, cfg, job)  # found out before the first step of another job
+        moving(like.params, cfg, job)  # found out before the first step of another job
     out.mkdir(parents=True, exist_ok=True)
-    runs.same_run(out / "train.json", cfg, feed.about)
-    learns, steps = list(flatten(optim.learning(cfg.train, state.params))), cfg.train.steps
-    smooth, shown, step_fn = {}, {}, compiled(cfg)  # losses, smoothed and as they are
+    with mesh.first("settings"):
+        runs.same_run(out / "train.json", cfg, feed.about)
+    learns, steps = list(flatten(optim.learning(cfg.train, like.params))), cfg.train.steps
+    smooth, shown, step_fn = {}, {}, compiled(cfg, grid)  # losses, smoothed and as they are
+    rows = mesh.rows(grid, cfg.data.batch)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(watch.stop_at))
         ckpts = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", cfg.train.keep)))
-        if ckpts.latest() is not None:
-            state = ckpts.restore(state)
+        if ckpts.latest() is None:
+            state = born(cfg, feed.classes, start, grid)
+        else:
+            state = ckpts.restore(mesh.shapes(grid, like))
             saved = ckpts.about(int(state.step))
             smooth = dict(saved.get("smooth", {}))
             if other := runs.changed(saved, cfg):
                 note(f"going on from step {int(state.step)}, saved with other settings: {runs.some(other)}")
         done = int(state.step)
-        log = stack.enter_context(contextlib.closing(Log(out, done)))
-        guard, meter = Guard(cfg.train.skips, log.skipped), Meter()
+        with mesh.first("log"):
+            log = stack.enter_context(contextlib.closing(Log(out, done, mesh.leads())))
+        guard, meter = Guard(cfg.train.skips, log.skipped), Meter(grid.devices.flat)
         samples = Samples(cfg, feed, out) if watch.sample_every else None
-        trace = stack.enter_context(contextlib.closing(Trace(out / "profile", watch.profile, done, steps)))
-        bar = tqdm(total=steps, initial=done, desc="train", disable=not watch.progress, smoothing=0.05)
+        traced = watch.profile if mesh.leads() else 0
+        trace = stack.enter_context(contextlib.closing(Trace(out / "profile", traced, done, steps)))
+        bar = tqdm(total=steps, initial=done, desc="train", disable=not shows, smoothing=0.05)
         stack.enter_context(bar)
-        for step, batch in enumerate(feed.batches(done), done):
-            job = job_at(cfg, step)
+        for step, mine in enumerate(feed.batches(done, rows), done):
+            job, batch = job_at(cfg, step), mesh.put(grid, mine, rows, cfg.data.batch)
             trace.before(step)
             state, metrics = step_fn(state, batch, job)
             values = {k: float(v) for k, v in metrics.items()}
             trace.after(step)
             bad = sorted(k for k, v in values.items() if not np.isfinite(v))
-            tokens = int((np.asarray(batch.segments) >= 0).sum())
+            tokens = int((batch.segments >= 0).sum())
             told = {k: v for k, v in values.items() if k not in bad} | {"tokens": tokens}
             log.write(step, told | ({"skipped": True} if bad else {}))
             if bad:
                 note(f"step {step}: {', '.join(bad)} not finite")
                 if guard.too_many(step):
-                    path = save_batch(out / f"not-finite-{step}.npz", step, batch, feed.shown(step))
+                    path = out / f"not-finite-{step}{mesh.apart()}.npz"
+                    save_batch(path, step, mine, feed.shown(step, rows))
                     raise TrainError(
                         f"step {step}: loss or gradient is not finite, in {len(guard.steps)} of the last {WINDOW} "
                         f"steps; look at its batch, {path} (watch.load_batch), raise train.skips, or begin anew with "
@@ -355,14 +394,15 @@ def run(cfg: Config, feed: Feed, out: Path | str, watch: Watch = PLAIN, start: d
                 log.flush(disk=True)
                 ckpts.save(step + 1, state, runs.about(cfg, feed.about, step + 1, smooth))
             if samples is not None and (step + 1) % watch.sample_every == 0:
-                samples(step + 1, state.params)
+                samples(step + 1, mesh.whole({g: state.params[g] for g in ("base", "llm")}))
             if why:
                 ckpts.close()  # said when it is true
                 raise Stopped(f"{out}: {why} at step {step + 1} of {steps}; it is saved, the same command goes on")
     return state
 
 
-def restore(cfg: Config, out: Path | str, classes: int) -> State:
+def restore(cfg: Config, out: Path | str, classes: int, on: MeshConfig = mesh.ONE) -> State:
     """The newest state of a run that is whole, to read its weights."""
+    like = mesh.shapes(mesh.make(on), jax.eval_shape(lambda: init_state(cfg, classes)))
     with contextlib.closing(checkpoint.Checkpoints(Path(out) / "checkpoints", cfg.train.keep)) as ckpts:
-        return ckpts.restore(jax.eval_shape(lambda: init_state(cfg, classes)))
+        return ckpts.restore(like)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax import ask, cost, text
+from hypervl_jax import ask, chips, cost, mesh, text
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import BRANCHES, Branch, Config
 from hypervl_jax.data.feeds import Example, Feed
@@ -33,24 +33,8 @@ from hypervl_jax.data.pipeline import Batch
 RESUME = 75  # exit code of a run that stopped as it was told to and can be gone on with: EX_TEMPFAIL of sysexits.h
 WINDOW = 100  # steps over which those passed over are counted
 WARM = 5  # steps before a trace begins: those in which programs are compiled
+_LATE = 1_000  # no signal
 NEW = 32  # tokens an answer during training may have
-
-# Dense bf16 FLOP/s of one device by `device_kind`. TPUs: cloud.google.com/tpu/docs/system-architecture-tpu-vm, one
-# device a chip (v4 on: megacore); NVIDIA: the data sheets, without sparsity.
-PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-}
 
 
 class Watch(NamedTuple):
@@ -66,8 +50,9 @@ PLAIN, QUIET = Watch(), Watch(progress=False)
 
 
 def note(line: str) -> None:
-    """A line that does not tear the bar."""
-    tqdm.write(line, file=sys.stderr)
+    """A line that does not tear the bar; of several processes the first says it."""
+    if mesh.leads():
+        tqdm.write(line, file=sys.stderr)
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------
@@ -80,8 +65,9 @@ class Stopped(RuntimeError):
 
 
 class Stop:
-    """Whether a run must stop: SIGTERM, Ctrl-C (a second one ends it at once), or no time left for a step. In a thread
-    that is not the main one signals are not heard. A signal that nobody asked about in time has its effect at the end.
+    """Whether a run must stop: SIGTERM, Ctrl-C (a second one ends it at once), or no time left for a step. What one of
+    several processes is told all of them do, after the same step. In a thread that is not the main one signals are not
+    heard. A signal that nobody asked about in time has its effect at the end.
     """
 
     def __init__(self, at: float | None = None):
@@ -101,12 +87,12 @@ class Stop:
         note(f"{signal.Signals(number).name}: this step is finished and saved; Ctrl-C once more stops at once")
 
     def asked(self) -> str:
-        """Why, asked after each step; empty: go on."""
+        """Why, asked after each step, by all processes; empty: go on."""
         now = time.monotonic()
         last, self._since = now - self._since, now
-        if self._number is not None:
-            return signal.Signals(self._number).name
-        return "--max-hours" if self._at is not None and now + last > self._at else ""
+        late = self._at is not None and now + last > self._at
+        why = mesh.agree(self._number if self._number is not None else _LATE if late else 0)
+        return "" if not why else "--max-hours" if why == _LATE else signal.Signals(why).name
 
     def __exit__(self, kind: Any, *_: object) -> None:
         for number, handler in self._before.items():
@@ -156,17 +142,18 @@ def load_batch(path: Path | str) -> tuple[int, Batch, list[str]]:
 class Log:
     """A line of JSON a step, and the same for TensorBoard where tensorboardX is installed."""
 
-    def __init__(self, folder: Path, start: int):
-        """Takes out what came after the checkpoint that a run goes on from, and a line that was cut short."""
+    def __init__(self, folder: Path, start: int, writes: bool = True):
+        """Takes out what came after the checkpoint that a run goes on from, and a line that was cut short; or, unless
+        it `writes`, only reads what was skipped."""
         self.path, self._board = folder / "log.jsonl", None
         kept = [row for row in _rows(self.path) if row["step"] < start]
-        if self.path.exists():
+        self.skipped = [row["step"] for row in kept if row.get("skipped")]
+        if writes and self.path.exists():
             part = self.path.with_suffix(".part")
             part.write_text("".join(json.dumps(row) + "\n" for row in kept))
             part.replace(self.path)
-        self.skipped = [row["step"] for row in kept if row.get("skipped")]
-        self._file = self.path.open("a")
-        if importlib.util.find_spec("tensorboardX") is not None:
+        self._writes, self._file = writes, (self.path if writes else Path(os.devnull)).open("a")
+        if writes and importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter  # type: ignore  # optional
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
@@ -178,7 +165,7 @@ class Log:
 
     def flush(self, disk: bool = False) -> None:
         self._file.flush()
-        if disk:  # a checkpoint is to follow
+        if disk and self._writes:  # a checkpoint is to follow
             os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
@@ -225,12 +212,12 @@ def step_flops(cfg: Config, branches: tuple[Branch, ...], stage0: bool, batch: B
 
 
 class Meter:
-    """Tokens and FLOPs a second since it was last asked."""
+    """Tokens, or pixels, and FLOPs a second of some devices since it was last asked."""
 
-    def __init__(self):
-        self._tokens = self._flops = 0
+    def __init__(self, devices: Iterable[Any], unit: str = "tok/s"):
+        self._unit, self._tokens, self._flops = unit, 0, 0
         self._since = time.monotonic()
-        self._peak = PEAK.get(jax.devices()[0].device_kind, 0.0) * jax.device_count()
+        self._peak = sum(chips.peak(d.device_kind) for d in devices)
 
     def add(self, tokens: int, flops: int) -> None:
         self._tokens, self._flops = self._tokens + tokens, self._flops + flops
@@ -241,27 +228,38 @@ class Meter:
         tokens, flops = self._tokens / spent, self._flops / spent
         self._tokens, self._flops, self._since = 0, 0, now
         share = {"MFU": f"{flops / self._peak:.1%}"} if self._peak else {"GFLOP/s": f"{flops / 1e9:.3g}"}
-        return {"tok/s": f"{tokens:,.0f}", **share}
+        return {self._unit: f"{tokens:,.0f}", **share}
 
 
 # --- answers and traces ----------------------------------------------------------------------------------------------
 
 
 class Samples:
-    """The same few questions, answered by Base now and then, greedily: to OUT/samples.jsonl, and told of."""
+    """The same few questions, answered by Base now and then, greedily: to OUT/samples.jsonl, and told of. Weights that
+    were spread over devices come as numpy arrays, and are computed with on the CPU: no device may have room for them.
+    """
 
     def __init__(self, cfg: Config, feed: Feed, folder: Path, n: int = 3):
         self.cfg, self.tokenizer, self.path = cfg, feed.tokenizer, folder / "samples.jsonl"
         self.examples = feed.examples(n)
 
     def __call__(self, step: int, params: dict) -> None:
-        model = Model(self.cfg.model, {g: params[g] for g in (*BRANCHES, "llm")}, self.tokenizer, {})
-        with self.path.open("a") as file:
+        if not mesh.leads():
+            return
+        model = Model(self.cfg.model, params, self.tokenizer, {})
+        with self.path.open("a") as file, _on_host(params):
             for example in self.examples:
                 said = answer(model, example)
                 row = {"step": step, "question": example.question, "truth": example.truth, "answer": said}
                 file.write(json.dumps(row) + "\n")
                 note(f"step {step}: {_short(example.question)} -> {_short(said)} (true: {_short(example.truth)})")
+
+
+@contextlib.contextmanager
+def _on_host(params: dict) -> Iterator[None]:
+    spread = isinstance(jax.tree.leaves(params)[0], np.ndarray)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]) if spread else contextlib.nullcontext():
+        yield
 
 
 def answer(model: Model, example: Example, new: int = NEW) -> str:

@@ -53,6 +53,16 @@ def test_any_step_can_be_the_first(name, request):
             jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.parametrize("name", ["talk", "screens"])
+def test_processes_that_share_the_rows_see_the_batch_together(name, request):
+    feed: feeds.Feed = request.getfixturevalue(name)
+    for step, (a, b) in enumerate(zip(feed.batches(1), feed.batches(1, rows=[1]), strict=True), 1):
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1:2], y), a, b)
+        every = range(len(a.ids))
+        assert feed.shown(step) == [said for row in every for said in feed.shown(step, [row])]
+        assert len(feed.shown(step, [1])) < len(feed.shown(step))
+
+
 def test_what_is_said_to_be_shown_is_shown(talk, screens, tiny_source, tiny_sheets):
     for step, batch in enumerate(screens.batches(0)):
         said = [line.split() for line in screens.shown(step)]

@@ -92,7 +92,7 @@ def test_another_data_set_of_the_format_is_read_by_its_features(tmp_path):
     """One of a builder that knows nothing of us; and one whose features say nothing."""
     import tensorflow_datasets as tfds
 
-    from hypervl_jax.data.prepared import _quiet
+    from hypervl_jax.data.prepared import quiet
 
     def made(name, features, row):
         class Other(prepared.Conversations, skip_registration=True):
@@ -109,7 +109,7 @@ def test_another_data_set_of_the_format_is_read_by_its_features(tmp_path):
                 yield 0, row
 
         Other.name = name
-        with _quiet():
+        with quiet():
             Other(data_dir=str(tmp_path / name), file_format="array_record").download_and_prepare()
         return readers.parts([tmp_path / name])
 

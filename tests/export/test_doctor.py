@@ -102,9 +102,8 @@ def test_flipped_tables_of_a_file_whose_hash_was_made_to_fit_bring_nothing_down(
 @pytest.mark.parametrize(
     ("code", "says"), [("import os; os.abort()", "crashed on it (signal 6)"), ("1 / 0", "division")]
 )
-def test_a_file_that_brings_the_runtime_down_is_a_fault(code, says, folder, monkeypatch):
-    monkeypatch.setattr(doctor, "_LOAD", code)
-    (fault,) = doctor._loaded(folder / "vrc.tflite")
+def test_a_file_that_brings_the_runtime_down_is_a_fault(code, says, folder):
+    (fault,) = doctor._loaded(folder / "vrc.tflite", code)
     assert fault.startswith(f"{folder / 'vrc.tflite'}: ")
     assert says in fault
 

@@ -1,6 +1,10 @@
 """Small functions of every kind the model is made of: lowered, run in the real runtime, equal to JAX."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +199,53 @@ def test_without_the_extra_export_says_so(absent, monkeypatch, tmp_path):
     with pytest.raises(ExportUnavailable, match=rf"{absent} is not installed.*\[export\].*Everything but export works"):
         lower.to_tflite(tmp_path / "f.tflite", {}, unary(jnp.sin))
     assert not list(tmp_path.iterdir())
+
+
+def test_progress_of_native_code_is_not_told_and_errors_are(capfd):
+    def told(e=None):
+        with lower.without_chatter():
+            os.write(2, lines)
+            if e:
+                raise e
+
+    lines = b"INFO: Created TensorFlow Lite XNNPACK delegate\nW0000 00:00:1 flatbuffer_export.cc:1] module\nerror: no\n"
+    told()
+    assert capfd.readouterr().err == "error: no\n"
+    with pytest.raises(ExportError):
+        told(ExportError("x"))
+    assert capfd.readouterr().err == "error: no\n"
+    os.write(2, b"again")
+    assert capfd.readouterr().err == "again"
+
+
+def test_writing_and_loading_a_file_print_nothing(tmp_path, capfd):
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    args = (jax.ShapeDtypeStruct((1, 4), np.float32),)
+    path = tmp_path / "x.tflite"
+    lower.to_tflite(
+        path, {"w": np.ones((3, 4), np.float32)}, [Signature("f", lambda p, x: x @ p["w"].T, args, ("x",), ("y",))]
+    )
+    lower.run(path, "f", {"x": np.ones((1, 4), np.float32)})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_the_converter_and_the_runtime_prints_nothing():
+    """In a process of its own: native libraries tell of themselves once."""
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    code = "from hypervl_jax.export import lower; lower.require()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_where_native_code_ends_the_process_what_it_said_is_kept(tmp_path):
+    code = """import os
+from hypervl_jax.export import lower
+with lower.without_chatter():
+    os.write(2, b'why')
+    os.abort()"""
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr
+    [log] = tmp_path.glob("hypervl-*.log")
+    assert log.read_text() == "why"

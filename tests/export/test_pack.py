@@ -8,6 +8,7 @@ import pytest
 from hypervl_jax import quantize
 from hypervl_jax.export import lower, pack
 from hypervl_jax.export.lower import ExportError
+from hypervl_jax.model import layers
 
 pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
 
@@ -79,6 +80,17 @@ def test_the_runtime_multiplies_by_them(packed, written, params, rows):
     assert np.abs(plain - exact).max() < 1e-5 * np.abs(exact).max()
     assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
     assert np.abs(got - exact).max() < 2e-2 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_jax_can_round_rows_as_the_runtime_does(packed, params, rows):
+    """The same rounding, so what is left are sums in another order, and rows at the edge between two steps."""
+    x = rng.normal(size=(rows, 256)).astype(np.float32) * 3 + 1
+    got = lower.run(packed, f"rows_{rows}", {"x": x})["y"]
+    steps = jnp.float32(255)
+    matmul = jax.jit(lambda x, w: layers.matmul(x, quantize.Rounded(w, steps)))
+    want = np.concatenate([np.asarray(matmul(x, params["net"][name])) for name in sorted(KINDS)], -1)
+    assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
 
 
 def test_one_other_integer_is_found(packed, params):

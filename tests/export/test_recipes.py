@@ -2,15 +2,18 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from hypervl_jax import cli, needs, quantize
+from hypervl_jax import calibrate, cli, needs, quantize
+from hypervl_jax.calibrate import CalibrationError, Sample
 from hypervl_jax.export import lower, manifest, pack, parts, verify
 from hypervl_jax.export.lower import ExportError
 from hypervl_jax.export.runtime import Runtime
 from hypervl_jax.quantize import RecipeError, Rule
 
+CHOSEN = (Rule(r"llm\.blocks\.layers\.1\..*", "int4"), Rule(".*", "int8"))
 SMALL = {"prefill": (96,), "cache": 128, "branches": ("base",), "progress": False}
 
 
@@ -66,6 +69,65 @@ def test_verify_proves_again_and_finds_another_model(narrow, tiny_model, tiny_sc
     other = tiny_model._replace(params=tiny_model.params | {"base": tiny_model.params["large"]})
     with pytest.raises(ExportError, match=r"encoder_base\.tflite: base\..* other|is in 8 or 4 bits only"):
         parts.prove(other, narrow)
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_screens):
+    said = {"role": "assistant", "content": "this"}
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    return [Sample([screen.image], [asked, said]) for screen in tiny_screens[:2]]
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_model, tiny_screens, samples, tmp_path_factory):
+    """By calibration, in one layer alone: its stack comes apart."""
+    pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
+    pytest.importorskip("ai_edge_litert", reason="the LiteRT runtime has no wheel here")
+    out, pictures = tmp_path_factory.mktemp("chosen") / "tiny", [tiny_screens[0].image]
+    parts.export(tiny_model, out, recipe=CHOSEN, samples=samples, verify_images=pictures, **SMALL)
+    return out
+
+
+def test_files_hold_the_integers_that_calibration_chose(chosen, tiny_model, samples):
+    grams = calibrate.grams(tiny_model, samples, ("base",), progress=False)
+    first, second = calibrate.layers_of(calibrate.calibrated(tiny_model.params, CHOSEN, grams))
+    assert manifest.check(chosen).calibrated == 2
+    found = pack.read(chosen / "decoder.tflite")
+    for i, layer in enumerate((first, second)):
+        for name in calibrate.INPUT:
+            got = found[f"blocks.layers.{i}.{name}.weight"]
+            assert got.bits == (4 if i else 8)
+            np.testing.assert_array_equal(got.q, layer[name]["weight"].q)
+            np.testing.assert_array_equal(got.scale, layer[name]["weight"].scale)
+
+
+def test_what_calibration_chose_is_proved_again(chosen, tiny_model, tiny_screens, tmp_path):
+    assert all(seam.ok for seam in parts.prove(tiny_model, chosen, [tiny_screens[0].image]))
+    other = jax.tree.map(lambda a: np.flip(np.asarray(a), -1), tiny_model.params["llm"]["blocks"])
+    llm = tiny_model.params["llm"] | {"blocks": other}
+    with pytest.raises(
+        ExportError, match=r"decoder\.tflite: blocks\.layers\.1\.q\.weight: other integers than of this"
+    ):
+        parts.prove(tiny_model._replace(params=tiny_model.params | {"llm": llm}), chosen)
+    folder = shutil.copytree(chosen, tmp_path / "other")
+    m = manifest.read(folder)
+    files = {p.name: p.file.file for p in m.parts}
+    more = {"recipe": (r"llm\.blocks\..*=int4", ".*=int8"), "bits": m.bits, "calibrated": 2}
+    manifest.write(folder, manifest.describe(folder, m.model, files, "tokenizer.json", {}, m.vrc_scale, **more))
+    with pytest.raises(ExportError, match=r"blocks\.layers\.0\.q\.weight: not kept as the manifest's recipe says"):
+        parts.prove(tiny_model, folder)
+
+
+def test_samples_that_do_not_serve_leave_nothing(tiny_model, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(lower, "require", lambda: None)
+    with pytest.raises(ExportError, match="none of its matrices is in 4 bits"):
+        parts.export(tiny_model, tmp_path / "out", recipe=quantize.RECIPES["int8"], samples=samples, **SMALL)
+    blocks = jax.tree.map(np.array, tiny_model.params["llm"]["blocks"])
+    blocks["layers"]["norm2"]["weight"][0] *= np.nan
+    damaged = tiny_model._replace(params=tiny_model.params | {"llm": tiny_model.params["llm"] | {"blocks": blocks}})
+    with pytest.raises(CalibrationError, match=r"layers\.0\.gate\.weight: what it is multiplied by is not finite"):
+        parts.export(damaged, tmp_path / "out", recipe=CHOSEN, samples=samples, **SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_rounding_leaves_nothing(tiny_model, tiny_screens, tmp_path, monkeypatch):

@@ -50,13 +50,26 @@ def test_attention_shares_key_heads_among_neighbouring_queries(kv_heads, rows, a
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("scores", [1 << 20, 600, 64])  # bytes: all at once, a few blocks of rows, one row at a time
-def test_attention_a_block_at_a_time_is_attention(kv_heads, scores, monkeypatch):
-    monkeypatch.setattr(layers, "_SCORES", scores)
+@pytest.mark.parametrize("block", [(512, 256), (4, 5), (1, 1)])  # rows, keys: all at once, a few, one by one
+def test_attention_a_block_at_a_time_is_attention(kv_heads, block, monkeypatch):
+    for name, value in zip(("_SCORES", "_ROWS", "_KEYS"), (0, *block), strict=True):
+        monkeypatch.setattr(layers, name, value)
     q, k, v = normal(1, 4, 11, 8), normal(1, kv_heads, 13, 8), normal(1, kv_heads, 13, 8)
-    for mask in ((RNG.random((1, 11, 13)) < 0.6) | (np.arange(13) == 0), np.arange(13)[None, None] < 9):
+    causal = (np.arange(13) <= np.arange(11)[:, None])[None]
+    for mask in ((RNG.random((1, 11, 13)) < 0.6) | (np.arange(13) == 0), np.arange(13)[None, None] < 9, causal):
         args = q, k, v, jnp.asarray(mask)
         np.testing.assert_allclose(layers.cpu_attention(*args), layers.attention(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_a_block_at_a_time_does_not_touch_room_kept_for_later(monkeypatch):
+    """A cache is longer than what was read so far. What lies there is not even multiplied by zero."""
+    for name, value in {"_SCORES": 0, "_ROWS": 4, "_KEYS": 2}.items():
+        monkeypatch.setattr(layers, name, value)
+    q, k, v = normal(1, 4, 11, 8), normal(1, 2, 32, 8), normal(1, 2, 32, 8)
+    mask = jnp.asarray(np.arange(32) <= np.arange(11)[:, None])[None]
+    want = layers.attention(q, k, v, mask)
+    k, v = (a.at[:, :, 12:].set(jnp.nan) for a in map(jnp.asarray, (k, v)))
+    np.testing.assert_allclose(layers.cpu_attention(q, k, v, mask), want, rtol=1e-5, atol=1e-6)
 
 
 def test_hidden_keys_have_no_effect_and_a_row_that_sees_nothing_stays_finite():

@@ -197,6 +197,37 @@ def test_a_file_tells_its_network(net, shaken, as_published, tmp_path):
     assert weights.fingerprint(found) == weights.fingerprint(pair)
 
 
+@pytest.mark.parametrize("noise", [1.0, 0.0, 0.25])
+def test_what_is_saved_is_recognised(noise, shaken, tmp_path):
+    """With the noise it was taught to bear; in 16 bits it is what those hold."""
+    net = Irn((2, 1), growth=3, noise=noise)
+    pair = Pair(net, shaken(net))
+    weights.save(pair, tmp_path / "w.npz")
+    found = weights.recognise(tmp_path / "w.npz")
+    assert found.net == net
+    jax.tree.map(np.testing.assert_array_equal, found.params, pair.params)
+    with np.load(tmp_path / "w.npz") as file:
+        assert ("noise" in file) == (noise != 1)
+        assert file["operations.1.F.conv1.weight"].shape == (3, 9, 3, 3)
+    weights.save(pair, tmp_path / "half.npz", np.float16)
+    half = weights.recognise(tmp_path / "half.npz")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), half.params, pair.params)
+    assert (tmp_path / "half.npz").stat().st_size < (tmp_path / "w.npz").stat().st_size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["half.npz", "w.npz"]
+
+
+def test_noise_that_is_not_the_networks_is_refused(shaken, tmp_path):
+    net = Irn((1,), growth=2, noise=0.0)
+    weights.save(Pair(net, shaken(net)), tmp_path / "w.npz")
+    weights.load(net, tmp_path / "w.npz")
+    with pytest.raises(CheckpointError, match="noise is 0, not 1"):
+        weights.load(Irn((1,), growth=2), tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as file:
+        np.savez(tmp_path / "bad.npz", **(dict(file) | {"noise": np.zeros(3, np.float32)}))
+    with pytest.raises(CheckpointError, match="noise is nan"):
+        weights.recognise(tmp_path / "bad.npz")
+
+
 def test_published_weights_are_recognised(rescaling):
     files = rescaling / "weights"
     nets = {name: weights.recognise(files / f"{name}.npz").net for name in ("firn_x4", "imdn_x2", "imdn_x4")}

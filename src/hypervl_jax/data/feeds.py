@@ -54,12 +54,12 @@ class Feed(Protocol):
         """Raises `ValueError` naming the setting where a step could not be fed: before the first one."""
         ...
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Those of step `start` and on, to the last."""
+    def batches(self, start: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Those of step `start` and on, to the last; some `rows` of each, or all."""
         ...
 
-    def shown(self, step: int) -> list[str]:
-        """The samples of one step."""
+    def shown(self, step: int, rows: Sequence[int] | None = None) -> list[str]:
+        """The samples of one step, in some `rows` or all."""
         ...
 
     def examples(self, n: int) -> list[Example]:
@@ -92,20 +92,21 @@ class Screens:
         words = self.cfg.data, self.cfg.model.policy, self.cfg.model.text, self.tokenizer, self.cfg.train.seed
         pipeline.check(self.source, *words, late, progress)
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         cfg, (early, late) = self.cfg, self._steps
         rest = cfg.model.policy, cfg.model.text, self.tokenizer, self.names, cfg.train.seed
         if start < early:
             side = cfg.data.screens.sheet_side
-            yield from pipeline.batches(self.sheets, _whole(cfg), *rest, early, start, things=sheets.most(side))
+            yield from pipeline.batches(self.sheets, _whole(cfg), *rest, early, start, sheets.most(side), rows)
         if late:
-            yield from pipeline.batches(self.source, cfg.data, *rest, late, max(start - early, 0))
+            yield from pipeline.batches(self.source, cfg.data, *rest, late, max(start - early, 0), rows=rows)
 
-    def shown(self, step: int) -> list[str]:
+    def shown(self, step: int, rows: Sequence[int] | None = None) -> list[str]:
         early, _ = self._steps
         kind, at = ("sheet", step) if step < early else ("screen", step - early)
         spec = self._specs(step, at + 1)[at]
-        return [f"{kind} {i} at {ratio:g}" for i, ratio in zip(spec.indices, spec.ratios, strict=True)]
+        mine = range(len(spec.indices)) if rows is None else rows
+        return [f"{kind} {spec.indices[i]} at {spec.ratios[i]:g}" for i in mine]
 
     def examples(self, n: int) -> list[Example]:
         out = []
@@ -163,11 +164,13 @@ class Conversations:
     def check(self, progress: bool) -> None:
         """It was checked as it was made."""
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        return packing.batches(self.sources, self.specs, self.cfg.model, self.cfg.data, self.tokenizer, start)
+    def batches(self, start: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        return packing.batches(self.sources, self.specs, self.cfg.model, self.cfg.data, self.tokenizer, start, rows)
 
-    def shown(self, step: int) -> list[str]:
-        return [f"{i.source}:{i.index} at {i.ratio:g}" for row in self.specs[step].rows for i in row]
+    def shown(self, step: int, rows: Sequence[int] | None = None) -> list[str]:
+        every = self.specs[step].rows
+        mine = every if rows is None else [every[i] for i in rows]
+        return [f"{i.source}:{i.index} at {i.ratio:g}" for row in mine for i in row]
 
     def examples(self, n: int) -> list[Example]:
         """The first turns of the first records that fit."""

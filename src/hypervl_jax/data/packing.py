@@ -30,8 +30,8 @@ OPEN = 16  # rows of a bucket that may still grow; when there are more, the full
 class Source(Protocol):
     """Random access to conversations (`prepared.Records`), and how often an epoch shows each."""
 
-    repeat: float
-
+    @property
+    def repeat(self) -> float: ...
     def __getitem__(self, index: int) -> Conversation: ...
     def __len__(self) -> int: ...
 
@@ -223,19 +223,16 @@ def batches(
     data: DataConfig,
     tokenizer: Tokenizer,
     start: int = 0,
-    host: tuple[int, int] = (0, 1),
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """The batches of `specs` from step `start`, loaded ahead in threads by Grain; of each, host (i, of how many) loads
-    rows i, i + hosts, ... Raises `DataError` if the hosts cannot share a batch evenly."""
+    """The batches of `specs` from step `start`, loaded ahead in threads by Grain. Of each only `rows` are loaded; all
+    if not given."""
     import grain.python as grain
 
-    rank, hosts = host
-    if not 0 <= rank < hosts or data.batch % hosts:
-        raise DataError(f"host {rank} of {hosts}: a batch of {data.batch} rows cannot be shared so; change data.batch")
-
     def load(spec: Packed) -> Batch:
-        rows = [[(sources[i.source][i.index], i.ratio) for i in row] for row in spec.rows[rank::hosts]]
-        return collate(rows, cfg, data, spec.bucket, tokenizer)
+        mine = spec.rows if rows is None else [spec.rows[i] for i in rows]
+        some = [[(sources[i.source][i.index], i.ratio) for i in row] for row in mine]
+        return collate(some, cfg, data, spec.bucket, tokenizer)
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=6)
     return iter(grain.MapDataset.source(specs[start:]).map(load).to_iter_dataset(options))

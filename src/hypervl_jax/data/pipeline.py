@@ -166,16 +166,19 @@ def batches(
     steps: int,
     start: int = 0,
     things: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Training batches of steps `start` .. `steps` - 1, loaded ahead in threads by Grain. `things` are named on each
-    screen at most; by default each picture and digit, also as the thumbnail shows it."""
+    screen at most; by default each picture and digit, also as the thumbnail shows it. Of each batch only `rows` are
+    loaded; all if not given."""
     import grain.python as grain
 
     most = 2 * (cfg.screens.max_things + cfg.screens.digits) if things is None else things
 
     def load(spec: BatchSpec) -> Batch:
-        screens = [source[i] for i in spec.indices]
-        plans = [_plan(s.image.shape[:2], r, policy) for s, r in zip(screens, spec.ratios, strict=True)]
+        mine = range(len(spec.indices)) if rows is None else rows
+        screens = [source[spec.indices[i]] for i in mine]
+        plans = [_plan(s.image.shape[:2], spec.ratios[i], policy) for s, i in zip(screens, mine, strict=True)]
         prompts = [
             text.render_questions(p, [(q.text, q.answer) for q in s.questions], tokenizer, text_cfg)
             for s, p in zip(screens, plans, strict=True)

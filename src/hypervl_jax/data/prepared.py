@@ -6,18 +6,15 @@ prepared as array_record are read too, where their features are named as one of 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from .. import checkpoint
@@ -27,6 +24,8 @@ from .conversations import KEPT, Conversation, DataError, Fault, Picture, Refuse
 
 try:
     import tensorflow_datasets as tfds
+
+    from .tfds_builders import quiet
 except ImportError as e:
     raise ImportError("prepared data sets need tensorflow-datasets: pip install 'hypervl_jax[train]'") from e
 
@@ -108,7 +107,7 @@ def build(parts: Sequence[readers.Part], out: Path, max_rate: float = 0.01, prog
         raise DataError(f"{out}: is there already; remove it, or choose another --out")
     ledger = Ledger()
     with checkpoint.replacing(out) as new:
-        with _quiet():
+        with quiet():
             builder = Conversations(parts, ledger, progress, data_dir=str(new), file_format="array_record")
             try:
                 builder.download_and_prepare()
@@ -122,19 +121,6 @@ def build(parts: Sequence[readers.Part], out: Path, max_rate: float = 0.01, prog
     return ledger
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What TFDS says is nobody's result."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logging.set_verbosity(level)
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +131,7 @@ def _open(folder: Path) -> Any:
         what = ", ".join(str(p.relative_to(folder)) for p in found[:5]) if found else "none here"
         raise DataError(f"{folder}: give the folder of one prepared data set (with dataset_info.json; {what})")
     try:
-        with _quiet():
+        with quiet():
             builder = tfds.builder_from_directory(found[0])
     except Exception as e:  # whatever a damaged or foreign folder makes TFDS raise
         raise DataError(f"{found[0]}: TFDS cannot open this data set ({type(e).__name__}: {str(e)[:120]})") from e

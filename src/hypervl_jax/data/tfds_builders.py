@@ -13,7 +13,7 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +195,19 @@ def _stored() -> bool:
 def _builder(cfg: ScreensConfig, data_dir: Path | str, progress: bool) -> Screens:
     screens.check(Assets.load(), cfg)
     config = ScreensBuilderConfig(cfg, progress)
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that it does not list
-    try:
+    with quiet():  # TFDS warns of every config that it does not list
         return Screens(config=config, data_dir=str(Path(data_dir).expanduser()), file_format="array_record")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What TFDS says is nobody's result, and its bars are not ours."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         logging.set_verbosity(level)
 
@@ -216,8 +225,7 @@ def build(cfg: ScreensConfig, data_dir: Path | str, progress: bool = True) -> Ma
             source.prepare(progress)
         return found
     builder = _builder(cfg, data_dir, progress)
-    tfds.disable_progress_bar()  # one bar a split, ours
-    with contextlib.redirect_stdout(sys.stderr):  # what TFDS says is nobody's result
+    with quiet():
         builder.download_and_prepare()
     return {s: ScreenSource(builder, s) for s in SETS if getattr(cfg, s)}
 

@@ -11,20 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from hypervl_jax import plan, quantize, text, tokens
+from hypervl_jax import evaluate, plan, quantize, text, tokens
 from hypervl_jax.checkpoint import Model
-from hypervl_jax.config import Branch, TextConfig
+from hypervl_jax.config import Branch, ModelConfig, TextConfig
 from hypervl_jax.export import lower, pack, parts, verify
 from hypervl_jax.export.lower import ExportError
-from hypervl_jax.export.runtime import Answer, Runtime
+from hypervl_jax.export.runtime import Runtime
 
+SUFFIX = ".litertlm"
 STEPS = 16  # tokens of an answer that are compared
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -34,14 +35,19 @@ _TEMPLATE = (
 )
 
 
+def require() -> Any:
+    """The writer. Raises `lower.ExportUnavailable` where it or the stock runtime is missing."""
+    lower.extra("litert_lm", "litertlm")
+    return lower.extra("litert_lm_builder.litertlm_builder", "litertlm")
+
+
 def write(model: Model, folder: str | Path, out: str | Path, branch: Branch = "base") -> Path:
     """Write `out` from the parts of `folder`, an export of `model`, and ask it; the file appears proved or not at all.
 
     Raises `ExportError` where the stock runtime does not answer as the folder does, `ManifestError` for a folder that
     is not whole, `lower.ExportUnavailable` without the writer or the runtime.
     """
-    builder = lower.extra("litert_lm_builder.litertlm_builder", "litertlm")
-    lower.extra("litert_lm", "litertlm")
+    builder = require()
     files, out = Runtime(folder), Path(out)
     if branch not in files.branches:
         raise ExportError(f"{folder}: has no {branch} encoder; export it with that branch")
@@ -70,53 +76,63 @@ def write(model: Model, folder: str | Path, out: str | Path, branch: Branch = "b
     return out
 
 
-def prove(bundle: Path, files: Runtime, branch: Branch, pictures: Sequence[np.ndarray] | None = None) -> None:
-    """Raises `ExportError` unless the stock runtime gives the answers of `files` about pictures of tile size: the same
-    tokens, up to one that `files` like as well within the limit of `verify` (1e-4, or 0.1 with 8-bit activations)."""
-    side = files.config.policy.tile
-    some = parts.default_pictures(files.config) if pictures is None else pictures
+def prove(bundle: Path, files: Runtime, branch: Branch) -> None:
+    """Raises `ExportError` unless the stock runtime says of pictures of tile size what `files` say, to the letter."""
     with opened(bundle) as ask:
-        for i, picture in enumerate(some):
-            pixels = np.asarray(Image.fromarray(picture).resize((side, side)))
-            want = files.answer(pixels, verify.QUESTION, branch, vrc=False, max_new=STEPS)
-            got = ask(pixels, verify.QUESTION)
-            if not _agree(files, pixels, branch, want, got):
-                raise ExportError(f"{bundle.name}: picture {i}: says {got!r:.80}, the files say {want.text!r:.80}")
+        for i, pixels in enumerate(pictures(files.config)):
+            want = files.tokenizer.decode(files.answer(pixels, verify.QUESTION, branch, vrc=False, max_new=STEPS).ids)
+            if (got := ask(pixels, verify.QUESTION, STEPS)) != want:
+                raise ExportError(f"{bundle.name}: picture {i}: says {got!r:.80}, the files say {want!r:.80}")
 
 
-def _agree(files: Runtime, pixels: np.ndarray, branch: Branch, want: Answer, got: str) -> bool:
-    """Whether `got` is `want` (as far as that goes), or leaves it at a token that is as good."""
-    tok, limit = files.tokenizer, verify.DYNAMIC if files.manifest.recipe else verify.LIMIT
-    forbidden, end = tok.forbidden(files.config.llm.vocab), tok.special(tokens.IM_END)
-    prompt = files.prompt(want.plan, verify.QUESTION)
-    x = files.embed(prompt.ids, prompt.slots, files.encode(pixels, want.plan, branch))
-    caches, at, before = files.prefill(x[:, :-1]), x.shape[1] - 1, ""
-    for n, chosen in enumerate((*want.ids, end) if want.ended else want.ids):
-        logits, caches = files.step(x[:, -1:], at + n, caches)
-        after = tok.decode(want.ids[: n + 1])
-        if got == before if chosen == end else got.startswith(after):
-            x, before = files.embed(np.array([chosen], np.int32)), after
-            continue
-        near = logits >= logits[~forbidden].max() - limit * np.abs(logits).max()
-        others = [i for i in np.flatnonzero(near & ~forbidden) if i != chosen]
-        told = any(got == before if i == end else got.startswith(before + tok.decode([i])) for i in others)
-        return bool(near[chosen]) and told
-    return True
+def prove_again(model: Model, directory: str | Path) -> dict[str, str]:
+    """The proof of a folder's bundles, again: file -> how many of its answers are those of JAX, "3 of 3".
+
+    Raises `ExportError` for one that does not say what the folder's files say."""
+    files, out = Runtime(directory), {}
+    reference = model._replace(params=quantize.restored(parts.held(model, files)))
+    jobs = [evaluate.Job(pixels, 1.0, (verify.QUESTION,)) for pixels in pictures(files.config)]
+    for b in files.manifest.bundles:
+        prove(files.directory / b.file.file, files, b.branch)
+        said = beside_jax(files.directory / b.file.file, reference, b.branch, jobs)
+        out[b.file.file] = f"{sum(got == want for got, want in said)} of {len(said)}"
+    return out
+
+
+def beside_jax(bundle: Path, model: Model, branch: Branch, jobs: Sequence[evaluate.Job]) -> list[tuple[str, str]]:
+    """(what the stock runtime says, what JAX says) to each question about pictures of tile size, greedily.
+
+    `model` has the weights that the bundle was made with, as floats."""
+    asked = [(job.image, question) for job in jobs for question in job.questions]
+    want = [answer for said in evaluate.answer(model, branch, jobs) for answer in said]
+    with opened(bundle) as ask:
+        return [(ask(*each, evaluate.NEW).strip(), answer) for each, answer in zip(asked, want, strict=True)]
+
+
+def pictures(cfg: ModelConfig) -> list[np.ndarray]:
+    """Held-out screens of tile size, u8[T T 3]: what the stock runtime shows as they are."""
+    side = cfg.policy.tile
+    return [np.asarray(Image.fromarray(p).resize((side, side))) for p in parts.default_pictures(cfg)]
 
 
 @contextlib.contextmanager
-def opened(bundle: Path, threads: int = 2) -> Iterator[Any]:
-    """The stock runtime with a bundle in it: a function (pixels u8[T T 3], question) -> its greedy answer."""
+def opened(bundle: Path, threads: int = 2) -> Iterator[Callable[[np.ndarray, str, int], str]]:
+    """The stock runtime with a bundle in it: a function (pixels u8[T T 3], question, most tokens) -> greedy answer."""
     lm = lower.extra("litert_lm", "litertlm")
-    backend = lm.Backend.CPU
-    with tempfile.TemporaryDirectory() as work:  # the runtime keeps what it repacks there, as large as the weights
-        engine = lm.Engine(str(bundle), backend=backend(thread_count=threads), vision_backend=backend(), cache_dir=work)
+    cpu = lm.Backend.CPU
+    lm.set_min_log_severity(lm.LogSeverity.ERROR)  # of what it tells when the process ends
+    with (
+        lower.without_chatter(),
+        tempfile.TemporaryDirectory() as work,  # for what it repacks, as large as the weights
+        lm.Engine(str(bundle), backend=cpu(thread_count=threads), vision_backend=cpu(), cache_dir=work) as engine,
+    ):
 
-        def ask(pixels: np.ndarray, question: str) -> str:
+        def ask(pixels: np.ndarray, question: str, most: int) -> str:
             Image.fromarray(pixels).save(path := Path(work) / "picture.png")
             content = [{"type": "image", "path": str(path)}, {"type": "text", "text": question}]
-            pieces = engine.create_conversation().send_message_async({"role": "user", "content": content})
-            return "".join(part.text for piece in pieces for part in piece.contents)
+            with engine.create_conversation() as talk:  # closed here: it must not outlive the engine
+                pieces = talk.send_message_async({"role": "user", "content": content}, max_output_tokens=most)
+                return "".join(part.text for piece in pieces for part in piece.contents)
 
         yield ask
 
@@ -126,6 +142,7 @@ def _metadata(files: Runtime) -> Any:
     said, cfg = proto.LlmMetadata(), files.config
     said.max_num_tokens = files.cache_length
     said.stop_tokens.add().token_str = tokens.IM_END
+    said.suppress_tokens.ids.extend(np.flatnonzero(files.tokenizer.forbidden(cfg.llm.vocab)).tolist())
     said.jinja_prompt_template = template(cfg.text)
     sampler = said.sampler_params
     sampler.type, sampler.k, sampler.p, sampler.temperature = sampler.TOP_P, 1, 0.95, 1.0  # its GREEDY is not there yet

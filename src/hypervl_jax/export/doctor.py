@@ -5,10 +5,13 @@ The last look is the runtime's own, in a process beside this one: a file that br
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from hypervl_jax import quantize, tokens
 from hypervl_jax.export import lower, manifest, pack, runtime
@@ -17,7 +20,11 @@ from hypervl_jax.export.manifest import Manifest, ManifestError, Part
 from hypervl_jax.quantize import RecipeError
 
 SECONDS = 300  # that loading a part may take
+SECTION = 1 << 14  # sections of a bundle begin at multiples of it
 _LOAD = "import sys; from hypervl_jax.export import lower; lower.Runner(sys.argv[1])"
+_OPEN = """import sys, tempfile, litert_lm as lm
+with tempfile.TemporaryDirectory() as work:
+    lm.Engine(sys.argv[1], backend=lm.Backend.CPU(), vision_backend=lm.Backend.CPU(), cache_dir=work)"""
 
 
 def examine(directory: str | Path, load: bool = True) -> list[str]:
@@ -34,9 +41,35 @@ def examine(directory: str | Path, load: bool = True) -> list[str]:
     for part in m.parts:
         if str(directory / part.file.file) not in known:
             found += _part(directory / part.file.file, part)
+    if not found:
+        found += [fault for b in m.bundles for fault in _bundle(directory, directory / b.file.file, m)]
     if load and not found:
-        found = [fault for part in m.parts for fault in _loaded(directory / part.file.file)]
+        found = [fault for part in m.parts for fault in _loaded(directory / part.file.file, _LOAD)]
+        if opens():
+            found += [fault for b in m.bundles for fault in _loaded(directory / b.file.file, _OPEN)]
     return found
+
+
+def opens() -> bool:
+    """Whether the stock runtime for bundles is installed here."""
+    return importlib.util.find_spec("litert_lm") is not None
+
+
+def _bundle(directory: Path, path: Path, m: Manifest) -> Iterator[str]:
+    """A bundle must hold the folder's own parts."""
+    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    if data[:8].tobytes() != b"LITERTLM":
+        yield f"{path}: not a .litertlm file; export again"
+        return
+    for name in ("embedder", "decoder"):
+        file = directory / m.part(name).file.file
+        part = np.memmap(file, np.uint8, "r")
+        if not any(_same(data[at : at + part.size], part) for at in range(0, data.size - part.size + 1, SECTION)):
+            yield f"{path}: its {name} is not {file.name}; export again"
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a[:64], b[:64]) and np.array_equal(a, b)
 
 
 def _model(directory: Path, m: Manifest) -> Iterator[str]:
@@ -71,9 +104,9 @@ def _part(path: Path, part: Part) -> Iterator[str]:
         yield f"{path}: not the {part.name} of {manifest.NAME}: it takes and gives other arrays; export again"
 
 
-def _loaded(path: Path) -> Iterator[str]:
+def _loaded(path: Path, how: str) -> Iterator[str]:
     try:
-        done = subprocess.run([sys.executable, "-c", _LOAD, str(path)], capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run([sys.executable, "-c", how, str(path)], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         yield f"{path}: not loaded within {SECONDS} seconds"
         return

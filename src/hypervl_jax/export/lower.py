@@ -8,9 +8,14 @@ half alone, so a host that only runs files needs none.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +25,12 @@ DENSE_LIMIT = 1 << 30  # bytes of parameters up to which constants are dense: fo
 FOLD_BELOW = 1 << 16  # bytes of a leaf that stays dense even above DENSE_LIMIT: biases and norm gains fuse
 Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 T = TypeVar("T")
+_CHATTER = re.compile(r"(INFO|WARNING)\b|[IW]\d{4} |WARNING: All log messages before|\s*$")  # progress of native code
+_WITHOUT = {  # an extra -> what there is without it
+    "export": "the converter has wheels for Linux x86-64 and macOS arm64 only, the runtime for more. Everything but "
+    "export works here",
+    "litertlm": "it writes and asks .litertlm bundles. Everything but bundles works here",
+}
 _TO_STABLEHLO = "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline,strip-debuginfo)"
 
 
@@ -29,6 +40,31 @@ class ExportUnavailable(RuntimeError):
 
 class ExportError(ValueError):
     """A function that cannot be lowered, or a `.tflite` file that cannot be trusted; the message says which and why."""
+
+
+@contextlib.contextmanager
+def without_chatter() -> Iterator[None]:
+    """What native code tells of its progress does not reach stderr; lines of any other kind do, when the block ends.
+
+    Should it end the process instead, stderr has where that was, and hypervl-*.log in the folder for temporary files
+    what it said.
+    """
+    sys.stderr.flush()
+    with tempfile.NamedTemporaryFile(prefix="hypervl-", suffix=".log") as said, contextlib.ExitStack() as after:
+        kept = os.dup(2)
+        after.callback(os.close, kept)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(kept)
+            after.callback(faulthandler.disable)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            said.seek(0)
+            for line in said.read().decode(errors="replace").splitlines():
+                if not _CHATTER.match(line):
+                    print(line, file=sys.stderr)
 
 
 class Signature(NamedTuple):
@@ -47,11 +83,12 @@ class Signature(NamedTuple):
 def extra(module: str, name: str = "export") -> Any:
     """A module of an extra. Raises `ExportUnavailable` where it is not installed."""
     try:
-        return importlib.import_module(module)
+        with contextlib.nullcontext() if module in sys.modules else without_chatter():
+            return importlib.import_module(module)
     except ImportError as e:
+        absent = (e.name or module).partition(".")[0]
         raise ExportUnavailable(
-            f"{module.partition('.')[0]} is not installed: pip install 'hypervl-jax[{name}]' (the converter has wheels "
-            "for Linux x86-64 and macOS arm64 only, the runtime for more). Everything but export works here."
+            f"{absent} is not installed: pip install 'hypervl-jax[{name}]'; {_WITHOUT[name]}."
         ) from e
 
 
@@ -86,7 +123,8 @@ def to_tflite(path: str | Path, params: Any, signatures: Sequence[Signature]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _convert(path.name, part, leaves, signatures, exported)
+        with without_chatter():
+            _convert(path.name, part, leaves, signatures, exported)
         found = check_ops(part, path.name)
         os.replace(part, path)
     finally:
@@ -300,8 +338,10 @@ class Runner:
         self._expected = {k: inputs for k, (inputs, _) in inspect(self.path).signatures.items()}
         interpreter = extra("ai_edge_litert.interpreter").Interpreter
         try:
-            self._interpreter = interpreter(model_path=str(self.path), num_threads=threads)
-            self._runners = {name: self._interpreter.get_signature_runner(name) for name in self._expected}
+            with without_chatter():
+                self._interpreter = interpreter(model_path=str(self.path), num_threads=threads)
+                self._runners = {name: self._interpreter.get_signature_runner(name) for name in self._expected}
+            self._fresh = True  # weights are packed when it first runs
         except (RuntimeError, ValueError) as e:
             raise ExportError(f"{self.path}: the runtime cannot load it: {e}") from e
 
@@ -315,7 +355,10 @@ class Runner:
         if given != expected:
             raise ExportError(f"{self.path}: {signature} takes {_show(expected)}; it was given {_show(given)}")
         try:
-            return self._runners[signature](**arrays)
+            with without_chatter() if self._fresh else contextlib.nullcontext():
+                out = self._runners[signature](**arrays)
+            self._fresh = False
+            return out
         except (RuntimeError, ValueError) as e:
             raise ExportError(f"{self.path}: {signature} cannot run: {e}") from e
 

@@ -11,17 +11,18 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hypervl_jax import __version__
-from hypervl_jax.config import ConfigError, ModelConfig, from_dict, to_dict
+from hypervl_jax.config import Branch, ConfigError, ModelConfig, from_dict, to_dict
 from hypervl_jax.export import lower
 
 NAME = "manifest.json"
+OURS = (".tflite", ".litertlm")  # kinds of files that must be listed
 FORMAT = 1
 
 
@@ -69,6 +70,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Bundle:
+    """One `.litertlm` file of the parts with one encoder, for the stock runtime."""
+
+    branch: Branch
+    file: File
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a host program needs to answer from the folder: `model` holds the plan policy and the text config."""
 
@@ -81,7 +90,9 @@ class Manifest:
     parity: dict[str, float] = field(default_factory=dict)  # seam -> largest relative error against JAX
     lowered: dict[str, float] = field(default_factory=dict)  # the same of the files before they got their integers
     recipe: tuple[str, ...] = ()  # rules by which matrices are in 8 or 4 bits, as `quantize.parse` reads them
+    calibrated: int = 0  # samples that the decoder's 4 bits were chosen by; 0: they are the nearest
     bits: dict[str, float] = field(default_factory=dict)  # part, and "layers" of the decoder -> bits a weight takes
+    bundles: tuple[Bundle, ...] = ()  # one file for the stock runtime, of one branch each
     source: str = ""  # the model it was made from, as it was called
     versions: dict[str, str] = field(default_factory=dict)  # tool -> version that wrote the folder
     format: int = FORMAT
@@ -97,7 +108,7 @@ class Manifest:
 
     @property
     def files(self) -> list[File]:
-        return [self.tokenizer, *(p.file for p in self.parts)]
+        return [self.tokenizer, *(p.file for p in self.parts), *(b.file for b in self.bundles)]
 
     def part(self, name: str) -> Part:
         """The part called `name`. Raises `ManifestError` naming those there are."""
@@ -130,17 +141,17 @@ def describe(
         model=model,
         tokens_per_tile=model.policy.tokens_per_tile,
         tokenizer=_file(directory / tokenizer),
-        parts=tuple(_part(name, directory / parts[name], c) for name, c in contents.items()),
+        parts=tuple(part_of(name, directory / parts[name], c) for name, c in contents.items()),
         min_runtime=max((c.min_runtime for c in contents.values()), key=_version, default=""),
         vrc_scale=vrc_scale,
         parity={k: float(v) for k, v in parity.items()},
-        versions=_versions(),
+        versions=tool_versions(),
         **more,
     )
 
 
-def write(directory: str | Path, manifest: Manifest) -> Path:
-    """Write `manifest.json`, whole or not at all."""
+def write(directory: str | Path, manifest: Any) -> Path:
+    """Write `manifest.json` of any such dataclass, whole or not at all."""
     path = Path(directory) / NAME
     part = path.with_name(f".{NAME}.{os.getpid()}.part")
     try:
@@ -151,7 +162,13 @@ def write(directory: str | Path, manifest: Manifest) -> Path:
     return path
 
 
-def _part(name: str, path: Path, contents: lower.Contents) -> Part:
+def bundle_of(path: Path, branch: Branch) -> Bundle:
+    """What a manifest says of a bundle."""
+    return Bundle(branch, _file(path))
+
+
+def part_of(name: str, path: Path, contents: lower.Contents) -> Part:
+    """What a file is, as the manifest says it."""
     entries = tuple(
         Entry(key, *(tuple(Tensor(n, *spec) for n, spec in arrays.items()) for arrays in sides))
         for key, sides in contents.signatures.items()
@@ -172,7 +189,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(".") if n.isdigit())
 
 
-def _versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     tools = ("jax", "jaxlib", "flax", "litert-converter", "ai-edge-litert")
     return {"hypervl-jax": __version__} | {tool: metadata.version(tool) for tool in tools}
 
@@ -203,7 +220,7 @@ def read(directory: str | Path) -> Manifest:
 
 
 def check(directory: str | Path) -> Manifest:
-    """`read`, and every file is there, whole and the one that was exported, and no other `.tflite` file beside them.
+    """`read`, and every file is there, whole and the one that was exported, and no other part or bundle beside them.
 
     Raises `ManifestError` with one line about the first thing that is wrong.
     """
@@ -216,8 +233,16 @@ def check(directory: str | Path) -> Manifest:
 def faults(directory: str | Path, manifest: Manifest) -> Iterator[str]:
     """How the files of a folder differ from its manifest, a line for each."""
     directory = Path(directory)
-    of = {f.sha256: f.file for f in manifest.files}
-    for f in manifest.files:
+    yield from file_faults(directory, manifest.files)
+    unknown = {p.name for p in directory.iterdir() if p.suffix in OURS} - {f.file for f in manifest.files}
+    if unknown:
+        yield f"{directory}: {', '.join(sorted(unknown))} not in {NAME}; remove it or export again"
+
+
+def file_faults(directory: Path, files: Sequence[File]) -> Iterator[str]:
+    """How files differ from what was listed of them."""
+    of = {f.sha256: f.file for f in files}
+    for f in files:
         path = directory / f.file
         if not path.is_file():
             yield f"{path}: missing; export again"
@@ -229,9 +254,6 @@ def faults(directory: str | Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path}: {size} bytes instead of {f.bytes}: truncated or replaced; export again"
         elif found != f.sha256:
             yield f"{path}: not the file that was exported (its hash differs); export again"
-    unknown = {p.name for p in directory.glob("*.tflite")} - {f.file for f in manifest.files}
-    if unknown:
-        yield f"{directory}: {', '.join(sorted(unknown))} not in {NAME}; remove it or export again"
 
 
 def _table(name: str, values: Any, kind: type) -> dict[str, Any]:

@@ -19,6 +19,7 @@ h head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax import plan, quantize, text
+from hypervl_jax import calibrate, plan, quantize, text
+from hypervl_jax.calibrate import Sample
 from hypervl_jax.checkpoint import TOKENIZER, Model, replacing
 from hypervl_jax.config import BRANCHES, Branch, ModelConfig, ScreensConfig
 from hypervl_jax.export import lower, manifest, pack, verify
@@ -41,6 +43,7 @@ from hypervl_jax.tokens import Tokenizer
 
 _f32, _i32 = jnp.float32, jnp.int32
 _array = jax.ShapeDtypeStruct
+_NEAR = 0.5  # of a matrix, that 4 bits may be away from it: the nearest are at 0.1 to 0.2, those of another model at 1
 
 
 class Part(NamedTuple):
@@ -90,14 +93,16 @@ def encoder(cfg: ModelConfig, params: dict, branch: Branch, masked: bool = True)
     return Part(tree, (Signature(name, vision, args[:1], ("images",), ("features",)),))
 
 
-def embedder(cfg: ModelConfig, params: dict) -> Part:
-    """One row of the token table, as the operator that quantises."""
+def embedder(cfg: ModelConfig, params: dict, named: bool = True) -> Part:
+    """One row of the token table, `named` as the operator that quantises."""
 
     def rows(ids, table):  # the operator takes flat ids
         return llm.embed({"embed": table}, ids[None])[0]
 
+    look_up = jax.lax.composite(rows, name="odml.embedding_lookup") if named else rows
+
     def embed(p, ids):
-        return jax.lax.composite(rows, name="odml.embedding_lookup")(ids.reshape(-1), p["embed"])[None]
+        return look_up(ids.reshape(-1), p["embed"])[None]
 
     args = (_array((1, 1), _i32),)
     return Part({"embed": params["llm"]["embed"]}, (Signature("embed", embed, args, ("token_ids",), ("embeddings",)),))
@@ -142,7 +147,7 @@ def _unstacked(tree: dict) -> dict:
     signature, each with weights of its own, or not at all and be cut again at every call."""
     out = {}
     for key, value in tree.items():
-        if key == "layers":
+        if key == "layers" and isinstance(value, dict):
             depth = len(jax.tree.leaves(value)[0])
             out[key] = [jax.tree.map(lambda a: np.asarray(a[i]), value) for i in range(depth)]  # noqa: B023 - used now
         else:
@@ -194,24 +199,35 @@ def export(
     out_dir: str | Path,
     *,
     recipe: Recipe = (),
+    samples: Sequence[Sample] = (),
     prefill: Sequence[int] | None = None,
     cache: int | None = None,
     branches: Sequence[Branch] = BRANCHES,
     verify_images: Sequence[np.ndarray] | None = None,
     source: str = "",
+    bundle: Branch | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Write `model` as `.tflite` files with tokenizer and manifest, compare each seam with JAX, then name it `out_dir`.
 
     With a `recipe` matrices are in 8 and 4 bits, and the proof has two steps: the files with the floats that the
     integers stand for, each seam within `verify.LIMIT`, and the files with the integers, which are JAX's bit by bit.
+    With `samples` the 4 bits of the decoder are chosen by what it multiplies there (`calibrate`), else the nearest.
     `prefill` and `cache` are token counts (`lengths` if None). `verify_images` are pictures u8[H W 3] to compare on
-    (composed screens if None). `source` is what the model is called. An earlier export at `out_dir` is replaced,
-    anything else there is left alone. Raises `ExportError` for a seam that is too far from JAX, with the number,
-    `ExportUnavailable` without the converter, `RecipeError` for a recipe that does not fit, `ExportError` for weights
-    that are in 8 or 4 bits already. Whatever is raised, nothing of a failed export remains.
+    (composed screens if None). `source` is what the model is called. With `bundle` the folder also has one file for
+    the stock LiteRT-LM runtime with that branch, proved in it. An earlier export at `out_dir` is replaced, anything
+    else there is left alone. Raises `ExportError` for a seam that is too far from JAX, with the number,
+    `ExportUnavailable` without the converter, `RecipeError` for a recipe that does not fit, `CalibrationError` for
+    samples that do not serve, `ExportError` for weights that are in 8 or 4 bits already. Whatever is raised, nothing of
+    a failed export remains.
     """
+    from hypervl_jax.export import bundle as bundles  # it is made of parts
+
     lower.require()
+    if bundle is not None:
+        bundles.require()
+        if bundle not in branches:
+            raise ExportError(f"a bundle of {bundle} needs that branch; it is not among {', '.join(branches)}")
     if quantize.is_quantized(model.params):
         raise ExportError("weights in 8 or 4 bits are not exported; load the model as it is, and give a recipe")
     out = Path(out_dir).absolute()
@@ -222,6 +238,11 @@ def export(
         raise ExportError(f"prefill lengths {list(prefill)} must lie in 2 .. cache = {cache}, and one branch be given")
     pictures = default_pictures(model.config) if verify_images is None else verify_images
     params = quantize.quantize(model.params, recipe)
+    if samples:
+        if not any(map(calibrate.narrow, calibrate.layers_of(params))):
+            raise ExportError("samples choose the decoder's 4 bits, and none of its matrices is in 4 bits")
+        found = calibrate.grams(model, samples, branches, progress)
+        params = calibrate.calibrated(model.params, recipe, found)
     parts = make(model.config, params, branches, prefill, cache)
     files = {name: f"{name}.tflite" for name in parts}
     scale = float(model.info.get("vrc_scale", 1.0))
@@ -230,16 +251,16 @@ def export(
         errors = {s.name: s.error for s in parity}
         return manifest.describe(work, model.config, files, TOKENIZER, errors, scale, source=source, **more)
 
-    def proved(work: Path, model: Model) -> list[Seam]:
+    def proved(work: Path, params: dict) -> list[Seam]:
         bar.set_postfix_str("verify")
-        seams = prove(model, work, pictures)
+        seams = prove(model, work, pictures, params)
         for seam in seams:
             if not seam.ok:
                 raise ExportError(f"{out}: not exported: {seam}")
         bar.update()
         return seams
 
-    total = (len(parts) + 1) * (2 if recipe else 1)
+    total = (len(parts) + 1) * (2 if recipe else 1) + (bundle is not None)
     with replacing(out) as work, tqdm(total=total, desc="export", unit="part", disable=not progress) as bar:
         for name, part in parts.items():
             bar.set_postfix_str(name)
@@ -247,8 +268,8 @@ def export(
             bar.update()
         model.tokenizer.save(work / TOKENIZER)
         manifest.write(work, described(work))
-        seams = proved(work, model._replace(params=quantize.restored(params)))
-        more: dict[str, Any] = {"bits": _bits(parts), "recipe": tuple(map(str, recipe))}
+        seams = proved(work, quantize.restored(params))
+        more: dict[str, Any] = {"bits": _bits(parts), "recipe": tuple(map(str, recipe)), "calibrated": len(samples)}
         if recipe:
             for name, part in parts.items():
                 bar.set_postfix_str(f"{name} integers")
@@ -256,24 +277,60 @@ def export(
                 bar.update()
             more["lowered"] = {s.name: s.error for s in seams}
             manifest.write(work, described(work, **more))
-            seams = proved(work, model)
+            seams = proved(work, params)
         done = described(work, seams, **more)
         manifest.write(work, done)
+        if bundle is not None:
+            bar.set_postfix_str(f"{bundle} bundle")
+            file = bundles.write(model, work, work / f"{bundle}{bundles.SUFFIX}", bundle)
+            done = replace(done, bundles=(manifest.bundle_of(file, bundle),))
+            manifest.write(work, done)
+            bar.update()
     return done
 
 
-def prove(model: Model, directory: str | Path, pictures: Sequence[np.ndarray] | None = None) -> list[Seam]:
+def prove(
+    model: Model, directory: str | Path, pictures: Sequence[np.ndarray] | None = None, params: dict | None = None
+) -> list[Seam]:
     """The proof of an exported folder, again: integers bit by bit, then every seam on `pictures` (composed screens if
-    None). Raises `ManifestError` for a folder that is not whole, `ExportError` for one of another model."""
+    None). The integers are those of `params`, or follow from model and recipe; of 4 bits that samples chose it is
+    proved that they are of this model and as the recipe says. Raises `ManifestError` for a folder that is not whole,
+    `ExportError` for one of another model."""
     files = Runtime(directory)
-    m = files.manifest
-    if m.model != model.config:
-        raise ExportError(f"{directory}: made from a model of other settings; give the one it was made from")
-    params = quantize.quantize(model.params, quantize.parse(m.recipe))
+    params = held(model, files) if params is None else params
     for name, part in make(model.config, params, files.branches, files.buckets, files.cache_length).items():
-        pack.compare(files.directory / m.part(name).file.file, quantize.matrices(part.params))
+        pack.compare(files.directory / files.manifest.part(name).file.file, quantize.matrices(part.params))
     reference = model._replace(params=quantize.restored(params))
     return verify.seams(reference, files, default_pictures(model.config) if pictures is None else pictures)
+
+
+def held(model: Model, files: Runtime) -> dict:
+    """The parameters of the files that were exported from `model`: they follow from it and the recipe, and 4 bits that
+    samples chose are read. Raises `ExportError` for another model."""
+    m = files.manifest
+    if m.model != model.config:
+        raise ExportError(f"{files.directory}: made from a model of other settings; give the one it was made from")
+    params = quantize.quantize(model.params, quantize.parse(m.recipe))
+    return _chosen(model, params, files.directory / m.part("decoder").file.file) if m.calibrated else params
+
+
+def _chosen(model: Model, params: dict, path: Path) -> dict:
+    """`params` with the 4 bits of a decoder's file."""
+    found, each = pack.read(path), []
+    for i, layer in enumerate(calibrate.layers_of(params)):
+        plain, layer = calibrate.at(model.params, i), dict(layer)
+        for name, leaf in calibrate.narrow(layer).items():
+            key, w = f"blocks.layers.{i}.{name}.weight", np.asarray(plain[name]["weight"])
+            stored = found.get(key)
+            if stored is None or stored.kind != leaf.kind or stored.q.shape != leaf.q.shape:
+                raise ExportError(f"{path.name}: {key}: not kept as the manifest's recipe says; export again")
+            if not np.linalg.norm(quantize.floats(stored) - w) <= _NEAR * np.linalg.norm(w):
+                raise ExportError(
+                    f"{path.name}: {key}: other integers than of this model; give the one it was made from"
+                )
+            layer[name] = {"weight": stored}
+        each.append(layer)
+    return calibrate.with_layers(params, each)
 
 
 def _bits(parts: dict[str, Part]) -> dict[str, float]:
@@ -299,7 +356,7 @@ def _check_free(out: Path) -> None:
     if not out.exists():
         return
     ours = {manifest.NAME, TOKENIZER}
-    if not out.is_dir() or any(p.name not in ours and p.suffix != ".tflite" for p in out.iterdir()):
+    if not out.is_dir() or any(p.name not in ours and p.suffix not in manifest.OURS for p in out.iterdir()):
         raise ExportError(f"{out}: exists and is not an exported model; remove it or name another folder")
     if any(out.iterdir()) and not (out / manifest.NAME).is_file():
         raise ExportError(f"{out}: not empty and without a {manifest.NAME}; remove it or name another folder")

@@ -25,6 +25,7 @@ from hypervl_jax.lengths import chunks
 from hypervl_jax.plan import VisionPlan
 
 HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)  # in attention masks, as LiteRT-LM writes it; 0 is visible
+SCALE = np.float32(1 / 255)  # of pixels; multiplied by, as in LiteRT-LM, for the last bit moves activations of 8 bits
 PREFILL = "prefill_"  # + length
 ENCODER = "encoder_"  # + branch
 LONGEST = 1 << 20  # positions a cache may have: more is a slip or a trap
@@ -153,7 +154,7 @@ class Runtime:
         """Visual tokens, one tile after the other: peak memory does not grow with the picture."""
         with self._clock("preprocess"):
             tiles, masks = image.prepare(pixels, p), p.patch_mask().astype(np.float32)
-        pairs = zip((t[None].astype(np.float32) / 255 for t in tiles), masks[:, None], strict=True)
+        pairs = zip((t[None] * SCALE for t in tiles), masks[:, None], strict=True)
         inputs = ({"images": t, "mask": m} for t, m in pairs)
         return np.concatenate([self._run(ENCODER + branch, "vision", i, "encode")["features"] for i in inputs])
 

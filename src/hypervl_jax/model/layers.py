@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hypervl_jax.quantize import Quantized, dequantize, halves
+from hypervl_jax.quantize import Quantized, Rounded, dequantize, halves, round_rows
 
 
 class Adapted(NamedTuple):
@@ -26,11 +26,12 @@ class Adapted(NamedTuple):
 
 
 Matrix = Array | np.ndarray | Quantized
-Weight = Matrix | Adapted
+Weight = Matrix | Adapted | Rounded
 _NT = (((1,), (1,)), ((), ()))  # [M I] x [O I] -> [M O]
 _BLOCK = 2 << 20  # bytes of f32 weights that are made at a time: they stay in the cache
 _BLOCK_4 = 512 << 10  # the same of 4 bits for a single row
-_SCORES = 4 << 20  # bytes of attention scores
+_SCORES = 4 << 20  # bytes of attention scores that are made at once
+_ROWS, _KEYS = 512, 256  # of one head, where they are more
 
 
 class Linear(nn.Module):
@@ -84,6 +85,8 @@ def matmul(x: Float[Array, "... I"], weight: Weight) -> Float[Array, "... O"]:
     """
     if isinstance(weight, Adapted):
         return matmul(x, weight.weight) + matmul(matmul(x, weight.a), weight.b)
+    if isinstance(weight, Rounded):
+        return matmul(round_rows(x, weight.steps), weight.weight)
     # Rows flattened: XLA's CPU backend runs the plain matrix product, and above all its gradient, twice as fast.
     rows = x.reshape(-1, x.shape[-1])
     quantized = isinstance(weight, Quantized)
@@ -96,7 +99,8 @@ def matmul(x: Float[Array, "... I"], weight: Weight) -> Float[Array, "... O"]:
 
 def take(weight: Weight, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
     """Rows of a table; ids outside it clip."""
-    rows = jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), weight)
+    table = weight.weight if isinstance(weight, Rounded) else weight
+    rows = jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), table)
     return dequantize(rows) if isinstance(rows, Quantized) else rows
 
 
@@ -193,33 +197,54 @@ def attention(
 def cpu_attention(
     q: Float[Array, "B H L d"], k: Float[Array, "B K S d"], v: Float[Array, "B K S d"], mask: Bool[Array, "B #L S"]
 ) -> Float[Array, "B H L d"]:
-    """`attention` to decode with on a CPU. XLA's CPU backend makes four copies of a cache that a single row was written
+    """`attention` to answer with on a CPU. XLA's CPU backend makes four copies of a cache that a single row was written
     to and is then multiplied by; sums of products it computes where the cache lies. Of many rows about one picture it
-    writes out all scores; here a block of them at a time, which stays in the cache."""
+    writes out all scores, of keys that nobody sees too; see `_running`."""
     b, h, l, d = q.shape
     if l == 1:
         rows = q.astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
         scores = (rows * k[:, :, None]).sum(-1) * d**-0.5
         probs = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e30)[:, None], axis=-1)
         return (probs[..., None] * v[:, :, None]).sum(-2).reshape(b, h, 1, d).astype(v.dtype)
-    heads, keys = k.shape[1:3]
-    if b > 1 or 4 * h * l * keys <= _SCORES:  # several at once keep the cores busy as they are
+    if b > 1 or 4 * h * l * k.shape[2] <= _SCORES:  # several at once keep the cores busy as they are
         return attention(q, k, v, mask)
-    many = h // heads * l
-    n = -(-many * keys * 4 // _SCORES)
-    size = -(-many // n)
-    rows = jnp.pad(q[0].reshape(heads, many, d), ((0, 0), (0, n * size - many), (0, 0))).reshape(heads, n, size, d)
-    seen = jnp.tile(jnp.broadcast_to(mask[0], (l, keys)), (h // heads, 1))
-    seen = jnp.pad(seen, ((0, n * size - many), (0, 0))).reshape(n, size, keys)
+    return _running(q[0], k[0], v[0], mask[0])[None]
 
-    def head(of_head):
-        rows, k, v = of_head
-        return jax.lax.map(
-            lambda x: attention(x[0][None, None], k[None, None], v[None, None], x[1][None]), (rows, seen)
-        )
 
-    out = jax.lax.map(head, (rows, k[0], v[0]))
-    return out.reshape(heads, n * size, d)[:, :many].reshape(1, h, l, d)
+def _running(
+    q: Float[Array, "H L d"], k: Float[Array, "K S d"], v: Float[Array, "K S d"], mask: Bool[Array, "#L S"]
+) -> Float[Array, "H L d"]:
+    """`_ROWS` rows of one head and `_KEYS` keys at a time, whose scores stay in the cache, under a softmax whose sums
+    run along (FlashAttention, 2205.14135, algorithm 1). It ends with the last key that one of the rows sees: a causal
+    mask costs half, and room that a cache keeps for later nothing."""
+    (h, l, d), (heads, keys) = q.shape, k.shape[:2]
+    size, width = min(_ROWS, l), min(_KEYS, keys)
+    blocks = -(-l // size)
+    rows = jnp.pad(q, ((0, 0), (0, blocks * size - l), (0, 0))).reshape(h * blocks, size, d)
+    seen = jnp.pad(jnp.broadcast_to(mask, (l, keys)), ((0, blocks * size - l), (0, 0))).reshape(blocks, size, keys)
+    ends = jnp.where(seen.any(1), jnp.arange(keys) + 1, 1).max(-1)
+
+    def block(i: Int[Array, ""]) -> Array:
+        head, n = i // blocks // (h // heads), i % blocks
+
+        def more(t: Int[Array, ""], found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = found
+            at = jnp.minimum(t * width, keys - width)  # the last step may pass keys again: `fresh` are those it has not
+            near_k, near_v = (jax.lax.dynamic_slice(a, (head, at, 0), (1, width, d))[0] for a in (k, v))
+            fresh = at + jnp.arange(width) >= t * width
+            visible = jax.lax.dynamic_slice(seen, (n, 0, at), (1, size, width))[0] & fresh
+            scores = jax.lax.dot_general(rows[i], near_k, _NT).astype(jnp.float32) * d**-0.5
+            scores = jnp.where(visible, scores, -1e30)
+            high = jnp.maximum(top, scores.max(-1))
+            probs, fade = jnp.exp(scores - high[:, None]), jnp.exp(top - high)
+            new = (probs.astype(v.dtype) @ near_v).astype(jnp.float32)
+            return high, total * fade + probs.sum(-1), out * fade[:, None] + new
+
+        start = jnp.full(size, -1e30), jnp.zeros(size), jnp.zeros((size, d))
+        _, total, out = jax.lax.fori_loop(0, -(-ends[n] // width), more, start)
+        return (out / total[:, None]).astype(v.dtype)
+
+    return jax.lax.map(block, jnp.arange(h * blocks)).reshape(h, blocks * size, d)[:, :l]
 
 
 class Stack(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -96,6 +97,7 @@ class Irn:
     blocks: tuple[int, ...] = (8, 8)
     kind: Kind = "dense"
     growth: int = 32  # of the dense blocks
+    noise: float = 1.0  # spread of what stands for the detail on the way up, as the weights were taught; 0: none
 
     @property
     def scale(self) -> int:
@@ -120,8 +122,18 @@ class Irn:
         return self.forward(params, hr)[..., :3]
 
     def up(self, params: Params, lr: Float[Array, "B h w 3"], key: Key = None) -> Float[Array, "B H W 3"]:
-        z = noise(key, (*lr.shape[:3], 3 * (self.scale**2 - 1)))
+        z = self.noise * noise(key if self.noise else None, (*lr.shape[:3], 3 * (self.scale**2 - 1)))
         return self.inverse(params, jnp.concatenate([lr, z], -1))
+
+    def flops(self, side: int) -> int:
+        """Of one direction over a square picture, by formula: two a multiply-add of its kernels."""
+        shapes = jax.tree.leaves_with_path(jax.eval_shape(self.init, jax.random.key(0)))
+        total, at = 0, 0
+        for stage, n in enumerate(self.blocks, 1):
+            mine = {f"operations.{at + 1 + i}" for i in range(n)}
+            kernels = sum(leaf.size for path, leaf in shapes if leaf.ndim == 4 and path[0].key in mine)
+            total, at = total + 2 * kernels * (side // 2**stage) ** 2, at + 1 + n
+        return total
 
 
 def firn() -> Irn:

@@ -7,6 +7,7 @@ tensors and plain containers and refuses every other name, so it can build nothi
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypervl_jax.rescale.files import save as save_bytes
 from hypervl_jax.rescale.hcflow import HcFlow
 from hypervl_jax.rescale.imdn import Imdn
 from hypervl_jax.rescale.irn import Irn
@@ -30,6 +32,7 @@ from hypervl_jax.rescale.pairs import Network, Pair, Params
 from hypervl_jax.tensors import CheckpointError, flatten, header
 
 UNUSED = re.compile(r".*\.haar_weights|.*\.num_batches_tracked|.*(sub|add)_mean\.(weight|bias)")  # constants, counters
+NOISE = "noise"  # beside the tensors of IRN: what was drawn as detail when they learnt, where it was not N(0, 1)
 WRAPPERS = ("state_dict", "params_ema", "params", "model", "netG")  # keys that training scripts put around weights
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # magic number and version of files written before PyTorch 1.6
 STORAGES = {
@@ -37,6 +40,7 @@ STORAGES = {
     "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
     "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
+SHIPPED = Path(__file__).parents[1] / "weights" / "rescale"  # light pairs of our own
 LARGEST = 1 << 30  # bytes of a file; the largest pair has 45 million
 
 
@@ -51,7 +55,20 @@ def recognise(file: Path | str) -> Pair:
     Raises `CheckpointError` as `load` does, and for weights of anything else."""
     found = read(file)
     net = _network({k.removeprefix("module."): v.shape for k, v in found.items()}, str(file))
+    if isinstance(net, Irn) and NOISE in found:
+        net = dataclasses.replace(net, noise=_number(found[NOISE]))
     return Pair(net, fit(net, found, str(file)))
+
+
+def save(pair: Pair, file: Path | str, dtype: Any = np.float32) -> None:
+    """Writes an .npz that `recognise` reads, whole or not at all: published names, PyTorch's order of axes, and for
+    IRN the noise it was taught to bear where that is not the published 1."""
+    theirs = {name: _theirs(np.asarray(leaf, dtype)) for name, leaf in flatten(pair.params).items()}
+    if isinstance(pair.net, Irn) and pair.net.noise != 1:
+        theirs[NOISE] = np.array(pair.net.noise, np.float32)
+    data = io.BytesIO()
+    np.savez(data, **theirs)  # type: ignore  # no name of a tensor is one of its own
+    save_bytes(Path(file), data.getvalue())
 
 
 def _network(shapes: dict[str, tuple[int, ...]], where: str) -> Network:
@@ -91,7 +108,10 @@ def fit(net: Network, found: dict[str, np.ndarray], where: str) -> Params:
     found = {k.removeprefix("module."): v for k, v in found.items()}
     found = {k: v for k, v in found.items() if not UNUSED.fullmatch(k)}
     wanted = {name: leaf.shape for name, leaf in flatten(shapes).items()}
-    wrong = [f"unknown {k}" for k in found.keys() - wanted.keys()]
+    wrong = []
+    if isinstance(net, Irn) and NOISE in found and (told := _number(found.pop(NOISE))) != np.float32(net.noise):
+        wrong.append(f"{NOISE} is {told:g}, not {net.noise:g}")
+    wrong += [f"unknown {k}" for k in found.keys() - wanted.keys()]
     wrong += [f"missing {k}" for k in wanted.keys() - found.keys()]
     both = {k: _ours(np.asarray(found[k]), len(wanted[k])) for k in wanted.keys() & found.keys()}
     for k, x in both.items():
@@ -116,6 +136,16 @@ def _ours(x: np.ndarray, axes: int) -> np.ndarray:
     if axes >= 4 and x.ndim == axes:
         return np.moveaxis(x, (-1, -2, -3, -4), (-3, -4, -2, -1))
     return x.reshape(-1) if axes == 1 and x.size == max(x.shape, default=1) else x
+
+
+def _theirs(x: np.ndarray) -> np.ndarray:
+    """The inverse of `_ours` for kernels."""
+    return np.moveaxis(x, (-3, -4, -2, -1), (-1, -2, -3, -4)) if x.ndim >= 4 else x
+
+
+def _number(x: np.ndarray) -> float:
+    """Of an array of one; NaN of any other."""
+    return float(x) if x.shape == () and x.dtype.kind == "f" else math.nan
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

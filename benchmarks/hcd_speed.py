@@ -1,0 +1,233 @@
+"""HCD here and by the same loop in PyTorch (parity extra): one picture, same cores, same process, same weights.
+
+FIRN x4, 15 + 15 steps on 256 x 256 pixels, from a zero start and without noise, so that both must find the same. Each
+round runs one after the other; a figure is the median over `--rounds` of ratios as of times. Weights are frozen on
+both sides, so a gradient costs as much as the pass it is of: 4 passes a step of the large picture, 2 of the small one.
+The share of the arithmetic limit is of what a large product of matrices reaches in the same run. Compiling is timed
+apart. `--quick`: an IRN x2 of one block on 64 x 64 pixels, 3 + 3 steps. Weights: `--data`; drawn at random without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hcd as tables
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import Bar, arguments, finish
+
+from hypervl_jax import bench
+from hypervl_jax.config import ScreensConfig
+from hypervl_jax.data import assets, screens
+from hypervl_jax.rescale import hcd, irn, weights
+from hypervl_jax.rescale.hcd import Descent, HcdConfig
+from hypervl_jax.rescale.pairs import Pair
+from hypervl_jax.tensors import flatten
+
+FASTER, APART = 1.3, 1e-3  # bars: times faster, and the relative difference of losses
+PRODUCT = 1536  # side of the matrices whose product stands for the limit
+
+
+class Torch:
+    """IRN and FIRN in PyTorch, and HCD's loop as the official code has it; NCHW."""
+
+    def __init__(self, pair: Pair):
+        import torch  # type: ignore
+
+        self.torch, self.f, self.net = torch, torch.nn.functional, pair.net
+        named = {k: np.asarray(v) for k, v in flatten(pair.params).items()}
+        named = {k: np.ascontiguousarray(v.transpose(3, 2, 0, 1)) if v.ndim == 4 else v for k, v in named.items()}
+        self.w = {k: torch.tensor(v) for k, v in named.items()}
+
+    def conv(self, x: Any, name: str) -> Any:
+        weight = self.w[f"{name}.weight"]
+        return self.f.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def subnet(self, x: Any, name: str) -> Any:
+        act = lambda y: self.f.leaky_relu(y, 0.2)  # noqa: E731
+        if f"{name}.conv1.weight" in self.w:
+            for i in range(1, 5):
+                x = self.torch.cat([x, act(self.conv(x, f"{name}.conv{i}"))], 1)
+            return self.conv(x, f"{name}.conv5")
+        if f"{name}.expandconv.weight" in self.w:
+            x = act(self.conv(x, f"{name}.expandconv"))
+        parts = []
+        for i in (1, 2, 3):
+            parts.append(act(self.conv(x, f"{name}.c{i}_d")))
+            x = act(self.conv(x, f"{name}.c{i}_r") + x)
+        y = self.conv(self.torch.cat([*parts, act(self.conv(x, f"{name}.c4"))], 1), f"{name}.c5")
+        return y * self.torch.sigmoid(self.conv(y, f"{name}.PA.conv"))
+
+    def couple(self, x: Any, name: str, back: bool) -> Any:
+        low, detail = x[:, :3], x[:, 3:]
+
+        def shift(d: Any) -> Any:
+            thin = f"{name}.reduce_conv.0"
+            d = self.f.leaky_relu(self.conv(d, thin), 0.2) if f"{thin}.weight" in self.w else d
+            return self.subnet(d, f"{name}.F")
+
+        low = low if back else low + shift(detail)
+        s = self.torch.tanh(self.subnet(low, f"{name}.H") / 2)
+        g = self.subnet(low, f"{name}.G")
+        detail = (detail - g) / self.torch.exp(s) if back else detail * self.torch.exp(s) + g
+        return self.torch.cat([low - shift(detail) if back else low, detail], 1)
+
+    def flow(self, x: Any, back: bool = False) -> Any:
+        at, steps = 0, []
+        for n in self.net.blocks:  # type: ignore
+            steps += [None, *(f"operations.{at + 1 + i}" for i in range(n))]
+            at += 1 + n
+        for step in reversed(steps) if back else steps:
+            x = (self.unhaar(x) if back else self.haar(x)) if step is None else self.couple(x, step, back)
+        return x
+
+    def haar(self, x: Any) -> Any:
+        a, b, c, d = (x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1))
+        return self.torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], 1) / 4
+
+    def unhaar(self, x: Any) -> Any:
+        a, b, c, d = x.chunk(4, 1)
+        cells = self.torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], 2)
+        return self.f.pixel_shuffle(cells.flatten(1, 2), 2)
+
+    def down(self, hr: Any) -> Any:
+        x = self.flow(hr)[:, :3]
+        return x + (self.torch.round(255 * x.detach().clamp(0, 1)) / 255 - x.detach())
+
+    def up(self, lr: Any) -> Any:
+        n, _, h, w = lr.shape
+        return self.flow(self.torch.cat([lr, lr.new_zeros(n, 3 * (self.net.scale**2 - 1), h, w)], 1), back=True)
+
+    def descend(self, hr: np.ndarray, config: HcdConfig) -> list[float]:
+        """The losses before each step, of both loops."""
+        torch, seen = self.torch, []
+        y = torch.tensor(hr.transpose(0, 3, 1, 2).copy())
+
+        def loop(base: Any, restored: Callable[[Any], Any], how: Descent, steps: int) -> Any:
+            delta = torch.zeros_like(base)
+            for _ in range(steps):
+                delta.requires_grad_(True)
+                loss = ((restored(base + delta) - y) ** 2).mean()
+                (grad,) = torch.autograd.grad(loss, delta)
+                seen.append(float(loss.detach()))
+                with torch.no_grad():
+                    delta = delta - how.alpha * grad / (grad.norm() + 1e-10)
+                    delta = delta * min(1.0, how.eps / max(float(delta.norm()), 1e-12))
+                    delta = torch.maximum(torch.minimum(delta, 1 - base), -base)
+            return base + delta
+
+        moved = loop(y, lambda x: self.up(self.down(x)), config.hr, config.hr_steps)
+        with torch.no_grad():
+            small = self.down(moved)
+        loop(small, self.up, config.lr, config.lr_steps)
+        return seen
+
+
+def matrix_flops() -> float:
+    """FLOP/s of a large product, the fastest of five."""
+    a = jnp.ones((PRODUCT, PRODUCT))
+    product = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(product(a))
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a))
+        took.append(time.perf_counter() - began)
+    return 2 * PRODUCT**3 / min(took)
+
+
+def picture(side: int) -> np.ndarray:
+    """f32[1 S S 3]: a composed screen."""
+    cfg = ScreensConfig(min_side=side, max_side=side, max_area=side * side)
+    return screens.record(assets.Assets.load(), cfg, "test_known", 0).image[None].astype(np.float32) / 255
+
+
+def ours(pair: Pair, hr: jax.Array, config: HcdConfig) -> list[float]:
+    found = hcd.descend(pair, hr, config)
+    losses = [float(x) for trace in (found.hr_trace, found.lr_trace) for x in np.asarray(trace.loss)[:, 0]]
+    jax.block_until_ready(found.lr)
+    return losses
+
+
+def timed(run: Callable[[], list[float]]) -> tuple[list[float], float]:
+    began = time.perf_counter()
+    return run(), time.perf_counter() - began
+
+
+def step_bytes(pair: Pair, hr: jax.Array, config: HcdConfig) -> int:
+    """What one step of the large picture allocates, by the compiler's account."""
+
+    def step(hr: jax.Array, delta: jax.Array) -> tuple:
+        scene = hcd.Scene(pair, hr, hr, jnp.float32(1), jax.random.split(jax.random.key(0), 1))
+        return hcd.look(scene, hcd.step_of(config, "hr"), "hr", delta, 0)
+
+    return bench.temporary_bytes(step, hr, hr)
+
+
+def options(parser: ArgumentParser) -> None:
+    tables.options(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="whose median is taken (default: 5)")
+
+
+def main() -> int:
+    args = arguments(__doc__, more=options)
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("torch is not installed: pip install 'hypervl-jax[parity]', or `make parity` in a clone")
+    import torch  # type: ignore
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    side, steps = (64, 3) if args.quick else (256, 15)
+    file = Path(args.data) / "weights" / "firn_x4.npz"
+    if args.quick or not file.exists():
+        net = irn.Irn((1,), growth=8) if args.quick else irn.firn()
+        drawn = jax.random.normal
+        shapes, key = jax.eval_shape(net.init, jax.random.key(0)), jax.random.key(1)
+        leaves, tree = jax.tree.flatten(shapes)
+        pair = Pair(net, jax.tree.unflatten(tree, [
+            0.05 * drawn(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)
+        ]))  # fmt: skip
+    else:
+        pair = weights.load(irn.firn(), file)
+    zero: dict[str, Any] = {"hr": Descent(start="zero", quantise=True), "lr": Descent(start="zero")}
+    config = HcdConfig(steps, steps, **zero, z="zero")
+    hr, theirs = picture(side), Torch(pair)
+    x = jnp.asarray(hr)
+    _, first = timed(lambda: ours(pair, x, config))  # compiles; no cache between runs here
+    theirs.descend(hr, HcdConfig(1, 1, **zero, z="zero"))
+    rows, limit = [], matrix_flops()
+    for n in range(args.rounds):
+        order = (("jax", lambda: ours(pair, x, config)), ("torch", lambda: theirs.descend(hr, config)))
+        found = {name: timed(run) for name, run in (order if n % 2 else order[::-1])}
+        rows.append({name: seconds for name, (_, seconds) in found.items()})
+        print(f"round {n}: " + ", ".join(f"{name} {s:.2f} s" for name, s in sorted(rows[-1].items())), flush=True)
+    a, b = (np.array(found[name][0]) for name in ("jax", "torch"))
+    apart = float(np.abs(a - b).max() / np.abs(b).max())
+    took = {name: float(np.median([row[name] for row in rows])) for name in ("jax", "torch")}
+    ratio = float(np.median([row["torch"] / row["jax"] for row in rows]))
+    flops = (4 * steps + 2 * steps + 1) * pair.net.flops(side)  # type: ignore
+    share = flops / took["jax"] / limit
+    print(f"JAX {took['jax']:.2f} s, torch {took['torch']:.2f} s: {ratio:.2f} times as fast; losses {apart:.1e} apart")
+    print(f"{flops / 1e9:.0f} GFLOP, {share:.1%} of the {limit / 1e9:.0f} GFLOP/s of a product of matrices")
+    print(f"first run {first:.1f} s, so compiling takes {first - took['jax']:.1f} s")
+    metrics = {
+        "net": repr(pair.net), "side": side, "steps": steps, "cores": cores, "rounds": rows, "seconds": took,
+        "ratio": ratio, "apart": apart, "flops": flops, "limit_flops": limit, "share": share,
+        "compile_s": first - took["jax"], "step_bytes": step_bytes(pair, x, config), "torch": torch.__version__,
+    }  # fmt: skip
+    bars = [Bar("hcd_speed.losses_apart", apart, APART, "<=")]
+    if not args.quick:
+        bars.append(Bar("hcd_speed.times_torch", ratio, FASTER))
+    return finish("hcd_speed", metrics, bars, args, seeds=[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
