@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax.rescale import hcd, metrics, weights
+from hypervl_jax.rescale import hcd, metrics, pairs, weights
 from hypervl_jax.rescale.hcd import Descent, HcdConfig
 from hypervl_jax.rescale.irn import firn
 from hypervl_jax.rescale.layers import haar
@@ -34,47 +34,84 @@ def firn_given(rescaling, trace, given):
     return pair, jnp.asarray(trace["hr_u8"][None], jnp.float32) / 255
 
 
+# A sample of the small picture between two 8-bit values sends the loop of the large picture elsewhere. Its course is
+# compared while all machines agree on it, five steps; what comes later starts at the official code's pictures.
+# (Moving the picture by 1e-7 changes the first five losses by 4e-7, the fifteenth by 3e-3.)
+SAME = 5
+
+
 @pytest.fixture(scope="module")
 def whole(firn_given):
     return hcd.descend(*firn_given, ZERO)
 
 
-def test_the_losses_are_those_of_the_official_loop(whole, trace):
-    np.testing.assert_allclose(whole.hr_trace.loss[:, 0], trace["hcd_hr_loss"][:15], rtol=1e-4)
-    np.testing.assert_allclose(whole.lr_trace.loss[:, 0], trace["hcd_lr_loss"][:15], rtol=1e-4)
+@pytest.fixture(scope="module")
+def second(firn_given, trace):
+    """What the second loop makes of the small picture that the official one began with: {steps: (move, seen)}."""
+    pair, hr = firn_given
+    scene = hcd.Scene(pair, jnp.asarray(trace["hcd_lr_start"]), hr, jnp.float32(1), pairs.keys(jax.random.key(0), 1))
+    return {
+        n: hcd._loop(scene, dataclasses.replace(ZERO, lr_steps=n), "lr", "host", hcd.WHOLE.look) for n in (1, 5, 15)
+    }
 
 
-def test_the_gradient_norms_are_those_of_the_official_loop(whole, trace):
-    np.testing.assert_allclose(whole.hr_trace.grad_norm[:, 0], trace["hcd_hr_gradnorm"], rtol=5e-3)
-    np.testing.assert_allclose(whole.lr_trace.grad_norm[:, 0], trace["hcd_lr_gradnorm"], rtol=5e-3)
+def test_the_first_losses_and_gradients_are_those_of_the_official_loop(whole, trace):
+    seen = whole.hr_trace
+    np.testing.assert_allclose(seen.loss[:SAME, 0], trace["hcd_hr_loss"][:SAME], rtol=1e-4)
+    np.testing.assert_allclose(seen.grad_norm[:SAME, 0], trace["hcd_hr_gradnorm"][:SAME], rtol=5e-3)
+    np.testing.assert_allclose(seen.loss[:, 0], trace["hcd_hr_loss"][:15], rtol=1e-2)
 
 
-@pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-4), (5, 1e-2), (15, 5e-2)])
+@pytest.mark.parametrize("steps", [1, 5, 15])
+def test_where_the_official_loop_came_to_loss_and_gradient_are_its_own(firn_given, trace, steps):
+    pair, hr = firn_given
+    scene = hcd.Scene(pair, hr, hr, jnp.float32(1), pairs.keys(jax.random.key(0), 1))
+    loss, grad = hcd.look(scene, hcd.step_of(ZERO, "hr"), "hr", jnp.asarray(trace[f"hcd_hr_delta{steps}"]), steps)
+    assert float(loss[0]) == pytest.approx(float(trace["hcd_hr_loss"][steps]), rel=1e-4)
+    if steps < 15:
+        assert float(jnp.linalg.norm(grad)) == pytest.approx(float(trace["hcd_hr_gradnorm"][steps]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-4), (5, 1e-2)])
 def test_the_large_picture_moves_as_in_the_official_loop(firn_given, trace, close, steps, tolerance):
     pair, hr = firn_given
     moved = hcd.descend(pair, hr, dataclasses.replace(ZERO, hr_steps=steps, lr_steps=0)).hr - hr
     close(moved, trace[f"hcd_hr_delta{steps}"], tolerance)
 
 
+def test_the_small_picture_is_the_official_one_where_the_large_one_is(firn_given, trace):
+    pair, hr = firn_given
+    np.testing.assert_allclose(quantise(pair.down(hr + trace["hcd_hr_delta15"])), trace["hcd_lr_start"], atol=1e-6)
+
+
+def test_the_second_loop_sees_what_the_official_one_saw(second, trace):
+    seen = second[15][1]
+    np.testing.assert_allclose(seen.loss[:, 0], trace["hcd_lr_loss"][:15], rtol=1e-3)
+    np.testing.assert_allclose(seen.grad_norm[:, 0], trace["hcd_lr_gradnorm"], rtol=1e-2)
+
+
 @pytest.mark.parametrize("steps", [1, 5, 15])
-def test_the_small_picture_moves_as_in_the_official_loop(firn_given, trace, steps):
+def test_the_small_picture_moves_as_in_the_official_loop(second, trace, steps):
     """In 8 bits: at most one sample in a hundred may have been rounded the other way."""
-    got = hcd.descend(*firn_given, dataclasses.replace(ZERO, lr_steps=steps)).lr
-    want = np.asarray(quantise(jnp.asarray(trace["hcd_lr_start"] + trace[f"hcd_lr_delta{steps}"])))
-    assert np.abs(np.asarray(got) - want).max() < 1.01 / 255
-    assert (np.abs(np.asarray(got) - want) > 1e-6).mean() <= 0.01
+    start = jnp.asarray(trace["hcd_lr_start"])
+    got, want = (quantise(start + x) for x in (second[steps][0], trace[f"hcd_lr_delta{steps}"]))
+    off = np.abs(np.asarray(got) - np.asarray(want))
+    assert off.max() < 1.01 / 255
+    assert (off > 1e-6).mean() <= 0.01
 
 
-def test_the_restored_picture_is_better_by_as_much_as_the_official_one(firn_given, whole, trace):
+def test_the_restored_picture_is_better_by_as_much_as_the_official_one(firn_given, whole, second, trace):
     pair, hr = firn_given
     up = jax.jit(pair.net.up)
     original = metrics.to_u8(np.asarray(hr[0]))
     plain = hcd.descend(pair, hr, HcdConfig(hr_steps=0, lr_steps=0)).lr
-    before = metrics.to_u8(np.asarray(up(pair.params, plain)[0]))
-    after = metrics.to_u8(np.asarray(up(pair.params, whole.lr)[0]))
+    same = quantise(jnp.asarray(trace["hcd_lr_start"]) + second[15][0])
+    restored = {n: metrics.to_u8(np.asarray(up(pair.params, x)[0])) for n, x in (("plain", plain), ("same", same))}
     for measure, name, tolerance in ((metrics.psnr, "psnr", 0.01), (metrics.ssim, "ssim", 1e-3)):
-        assert measure(before, original, 4) == pytest.approx(trace[f"{name}_y_before"], abs=tolerance)
-        assert measure(after, original, 4) == pytest.approx(trace[f"{name}_y_after"], abs=tolerance)
+        assert measure(restored["plain"], original, 4) == pytest.approx(trace[f"{name}_y_before"], abs=tolerance)
+        assert measure(restored["same"], original, 4) == pytest.approx(trace[f"{name}_y_after"], abs=tolerance)
+    own = metrics.to_u8(np.asarray(up(pair.params, whole.lr)[0]))  # 0.66 dB better in the official code
+    assert metrics.psnr(own, original, 4) == pytest.approx(trace["psnr_y_after"], abs=0.1)
 
 
 # --- options, on a network whose numbers can be worked out -----------------------------------------------------------
