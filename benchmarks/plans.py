@@ -2,8 +2,9 @@
 `hypervl plan` says. Compiled for them and run nowhere: memory and collectives by the compiler's account, times by
 published rates. A stage that does not fit stands in the table with what it would take.
 
-Needs the extra `plan` for TPU slices. Each case is a process of its own and takes minutes; what was compiled before by
-the same code and settings is read back.
+Needs the extra `plan` for TPU slices. Each case is a process of its own, takes minutes, and is written down when it is
+done. Rows of the results file stand where they are of the same code and settings; with `--only`, those of other
+machines stand whatever they are of: each says its commit.
 
     python benchmarks/plans.py                      every case
     python benchmarks/plans.py --only v5e:16x16     those of one machine
@@ -17,10 +18,9 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import HERE, Bar, arguments, finish, versions
+from common import HERE, Bar, arguments, commit, finish, versions
 
 from hypervl_jax.chips import CHIPS
 
@@ -74,33 +74,24 @@ def digest(stage: Stage, machine: str) -> str:
     return hashlib.sha256(whole + json.dumps([machine, stage.on[machine], compilers]).encode()).hexdigest()[:16]
 
 
-def ask(argv: list[str], kept: Path, limit: float) -> dict[str, Any]:
-    """What `hypervl plan` says: its JSON, or under "refused" why there is none. What needed the compiler is kept."""
-    if kept.exists():
-        return json.loads(kept.read_text())
+def ask(argv: list[str], limit: float) -> dict[str, Any]:
+    """What `hypervl plan` says: its JSON, or under "refused" why there is none."""
     try:
         whole = [sys.executable, "-m", "hypervl_jax.cli", *argv, "--json"]
         done = subprocess.run(whole, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"refused": f"not compiled in {limit:g} s"}
     if done.returncode == 0:
-        found = json.loads(done.stdout.splitlines()[-1])
-    else:
-        lines = [s.removeprefix("hypervl: ") for s in done.stderr.splitlines() if s.startswith("hypervl: ")]
-        if not lines or "GB" not in lines[-1]:
-            return {"refused": lines[-1] if lines else f"exit code {done.returncode}"}
-        found = {"refused": lines[-1]}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    os.replace(part, kept)
-    return found
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = [s.removeprefix("hypervl: ") for s in done.stderr.splitlines() if s.startswith("hypervl: ")]
+    return {"refused": lines[-1] if lines else f"exit code {done.returncode}"}
 
 
 def row(stage: Stage, machine: str, found: dict[str, Any]) -> dict[str, Any]:
     """What stands in the table of one step."""
     mesh, accumulate, _ = stage.on[machine]
     told = {"stage": stage.config, "machine": machine, "mesh": mesh, "accumulate": accumulate}
+    told |= {"digest": digest(stage, machine), "commit": commit()}
     told["command"] = "hypervl " + " ".join(command(stage, machine))
     if "refused" in found:
         return told | {"refused": found["refused"]}
@@ -116,6 +107,11 @@ def row(stage: Stage, machine: str, found: dict[str, Any]) -> dict[str, Any]:
         "tokens_a_day": [found["tokens"] * 86_400 / high, found["tokens"] * 86_400 / low],
         "collectives": found["collectives"],
     }  # fmt: skip
+
+
+def stands(r: dict[str, Any], digest: str) -> bool:
+    """Whether a row is of this code, and what it says is the compiler's answer."""
+    return r.get("digest") == digest and ("refused" not in r or "GB" in r["refused"])
 
 
 def line(r: dict[str, Any]) -> str:
@@ -136,19 +132,28 @@ def main() -> int:
         parser.add_argument("--only", choices=MACHINES, help="compile for one machine")
         parser.add_argument("--limit", type=float, default=590, help="seconds that one case may take")
 
-    args, rows = arguments(__doc__, more=more), []
-    cache = ROOT / ".cache" / "plans"
+    args = arguments(__doc__, more=more)
+    path = args.out / "plans-cpu.json"
+    known = json.loads(path.read_text())["metrics"]["rows"] if path.exists() else []
+    stood = {(r["machine"], r["stage"]): r for r in known}
     for machine in MACHINES[2:3] if args.quick else MACHINES:
         for stage in STAGES[:1] if args.quick else STAGES:
-            kept = cache / f"{stage.config}-{machine.replace(':', '-')}-{digest(stage, machine)}.json"
-            if args.only not in (None, machine) and not kept.exists():
-                continue
-            rows.append(row(stage, machine, ask(command(stage, machine), kept, args.limit)))
-            print(line(rows[-1]), flush=True)
+            case = (machine, stage.config)
+            if args.only in (None, machine) and not stands(stood.get(case, {}), digest(stage, machine)):
+                stood[case] = row(stage, machine, ask(command(stage, machine), args.limit))
+                write(stood, args)
+            if case in stood:
+                print(line(stood[case]), flush=True)
+    return write(stood, args)
+
+
+def write(stood: dict[tuple[str, str], dict[str, Any]], args: Any) -> int:
+    """The results file of the rows there are, in the order of the table."""
+    rows = [stood[m, s.config] for m in MACHINES for s in STAGES if (m, s.config) in stood]
     fits = [r for r in rows if "refused" not in r]
     bars = [
         Bar(f"{s.config}_machines", len({r["machine"] for r in fits if r["stage"] == s.config}), 3)
-        for s in ([] if args.quick or args.only else STAGES)
+        for s in ([] if args.quick else STAGES)
     ]
     return finish("plans", {"rows": rows}, bars, args)
 
