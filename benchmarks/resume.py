@@ -2,7 +2,8 @@
 checkpoint was ever unreadable, a sample lost or shown twice, a step lost that was saved, a bit different in the end.
 
 Packed conversations, two micro-batches a step, epochs of a few steps; every third kill waits until a checkpoint is
-being written. All processes are real, and so is their death.
+being written. Another run saves every step and is killed at each: it goes on from every one, whether an epoch ends
+there or not. All processes are real, and so is their death.
 
     python benchmarks/resume.py             50 kills
     python benchmarks/resume.py --kills 10 --seed 3
@@ -40,7 +41,7 @@ PRELOAD = ["jax", "optax", "orbax.checkpoint", "grain.python", "hypervl_jax.trai
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def settings(steps: int = STEPS) -> Config:
+def settings(steps: int = STEPS, save: int = SAVE) -> Config:
     """One program, and a small one: both branches every step, next token alone, one layer of everything, encoders and
     layers of the decoder stand still."""
     cfg = presets.tiny()
@@ -48,7 +49,7 @@ def settings(steps: int = STEPS) -> Config:
     parts = {part: replace(getattr(m, part), depth=1) for part in ("base", "large", "llm")}
     rules = (Rule(r".*\.vit\..*|llm\.blocks\..*|names_.*", 0.0), Rule(r".*"))
     how = replace(
-        cfg.train, steps=steps, stage0_steps=0, name_weight=0.0, save_every=SAVE, accumulate=2, optimizer="adamw",
+        cfg.train, steps=steps, stage0_steps=0, name_weight=0.0, save_every=save, accumulate=2, optimizer="adamw",
         rules=rules, scan=False,
     )  # fmt: skip
     data = replace(cfg.data, batch=2, tile_buckets=(4,), lengths=(64,))
@@ -101,7 +102,7 @@ class Audited:
             yield batch
 
 
-def worker(out: str, steps: int, pace: float, cache: str) -> None:
+def worker(out: str, steps: int, save: int, pace: float, cache: str) -> None:
     """A run to its end, or to that of this process; the bits of the last state are then in OUT/done."""
     os.dup2(os.open(Path(out) / "said.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     import jax
@@ -114,7 +115,7 @@ def worker(out: str, steps: int, pace: float, cache: str) -> None:
     from hypervl_jax.data import feeds
     from hypervl_jax.watch import QUIET, Stopped
 
-    source, cfg = records(), settings(steps)
+    source, cfg = records(), settings(steps, save)
     tokenizer = tokens.train_tokenizer(list(feeds.texts([source])) * 2)
     feed: Any = Audited(feeds.Conversations(cfg, [source], tokenizer, progress=False), Path(out) / "seen.jsonl", pace)
     try:
@@ -134,15 +135,17 @@ def worker(out: str, steps: int, pace: float, cache: str) -> None:
 class Lab:
     """Runs under one folder."""
 
-    def __init__(self, folder: Path, steps: int = STEPS, pace: float = 0.05, cache: Path | None = None):
-        self.folder, self.steps, self.pace = folder, steps, pace
+    def __init__(
+        self, folder: Path, steps: int = STEPS, pace: float = 0.05, cache: Path | None = None, save: int = SAVE
+    ):
+        self.folder, self.steps, self.pace, self.save = folder, steps, pace, save
         self.cache = cache or folder / "compiled"
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(PRELOAD)
 
     def begin(self, name: str) -> Any:
         (self.folder / name).mkdir(exist_ok=True)
-        how = (str(self.folder / name), self.steps, self.pace, str(self.cache))
+        how = (str(self.folder / name), self.steps, self.save, self.pace, str(self.cache))
         process = self._processes.Process(target=worker, args=how, daemon=True)
         process.start()
         return process
@@ -156,6 +159,15 @@ class Lab:
                 f"{self.folder / name}: the run failed ({(self.folder / name / 'said.txt').read_text()})"
             )
         return self.folder / name
+
+    def kill_at(self, name: str, step: int) -> bool:
+        """Begins or goes on with a run, and kills it once the checkpoint of `step` is there; whether it was alive."""
+        process = self.begin(name)
+        while process.is_alive() and step not in finished(self.folder / name):
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        return not (self.folder / name / "done").exists()
 
     def kill(self, name: str, rng: np.random.Generator, saving: bool) -> bool:
         """Begins or goes on with a run, and kills it; whether it was still alive then. Half of the other kills come at
@@ -247,6 +259,25 @@ def trial(lab: Lab, kills: int, seed: int) -> Trial:
     return Trial(kills, *(int(found[k]) for k in Trial._fields[1:]))
 
 
+def step_by_step(lab: Lab) -> Trial:
+    """A run that saves every step, killed at each."""
+    folder = lab.folder / "each"
+    folder.mkdir()
+    each, found, out = Lab(folder, lab.steps, lab.pace, lab.cache, save=1), Counter(runs=1), folder / "killed"
+    reference = each.whole("whole")
+    for step in range(1, each.steps):
+        at = len(rows(out / "seen.jsonl"))
+        found["kills"] += each.kill_at("killed", step)
+        began = rows(out / "seen.jsonl")[at:]
+        found["lost"] += bool(began) and began[0]["step"] < step - 1
+        found["unreadable"] += unreadable(out)
+    each.whole("killed")
+    want = {r["step"]: (r["shown"], r["digest"]) for r in rows(reference / "seen.jsonl")}
+    losses = [{k: v for k, v in r.items() if k != "time"} for r in rows(reference / "run" / "log.jsonl")]
+    _settle(found, out, want, losses, (reference / "done").read_text())
+    return Trial(*(int(found[k]) for k in Trial._fields))
+
+
 def _settle(found: Counter, out: Path, want: dict, losses: list, state: str) -> None:
     """Compares a finished run with the one that nobody touched."""
     found["unreadable"] += len(list((out / "run" / "checkpoints").glob("damaged-*")))
@@ -262,12 +293,16 @@ def main() -> int:
     args = arguments(__doc__, more=lambda p: (p.add_argument("--kills", type=int), p.add_argument("--seed", type=int)))
     kills, seed = args.kills or (6 if args.quick else 50), args.seed or 0
     with tempfile.TemporaryDirectory() as folder:
-        t = trial(Lab(Path(folder)), kills, seed)
-    for name, value in t._asdict().items():
-        print(f"{name:>14} {value}")
-    bars = [Bar(name, getattr(t, name), 0, "<=") for name in ("unreadable", "lost", "samples", "uneven", "different")]
+        lab = Lab(Path(folder))
+        t = trial(lab, kills, seed)
+        each = step_by_step(Lab(Path(folder), 3 if args.quick else 16, lab.pace, lab.cache))
+    for name in Trial._fields:
+        print(f"{name:>14} {getattr(t, name):3} {getattr(each, name):3}")
+    faults = ("unreadable", "lost", "samples", "uneven", "different")
+    bars = [Bar(name, getattr(t, name), 0, "<=") for name in faults]
+    bars += [Bar(f"each_step_{name}", getattr(each, name), 0, "<=") for name in faults]
     bars.append(Bar("while_saving", t.while_saving, 1))
-    return finish("resume", t._asdict(), bars, args, seeds=[seed])
+    return finish("resume", {"random": t._asdict(), "each_step": each._asdict()}, bars, args, seeds=[seed])
 
 
 if __name__ == "__main__":

@@ -96,3 +96,10 @@ def test_fifty_kills(resume, tmp_path):
     found = resume.trial(resume.Lab(tmp_path), 50, seed=1)
     assert found.while_saving > 0
     assert found._replace(kills=0, while_saving=0, runs=0) == resume.Trial(*[0] * 8)
+
+
+@pytest.mark.slow
+def test_every_step_is_one_to_go_on_from(resume, tmp_path):
+    found = resume.step_by_step(resume.Lab(tmp_path, steps=16))
+    assert found._replace(kills=0, runs=0) == resume.Trial(*[0] * 8)
+    assert found.kills > 8  # a step that is saved as the run ends is not killed
