@@ -35,8 +35,8 @@ class Stage(NamedTuple):
     on: dict[str, tuple[str, int, int | None]]
 
 
-# Rows of 2,048 tokens: some to a device. Of 8,192: one, or over two. Of 16,384: over 2 to 8, since the scores of one
-# head are 1 GB. The batch is the paper-size config's.
+# Rows of 2,048 tokens: some to a device. Of 8,192 and 16,384: one, or one over several. The batch is the paper-size
+# config's.
 STAGES = (
     Stage("stage1_align", {
         "v5e:4x4": ("fsdp=16", 8, None), "v5e:8x8": ("fsdp=64", 2, None), "v5e:16x16": ("fsdp=256", 1, None),
@@ -45,14 +45,14 @@ STAGES = (
     }),
     Stage("stage2_pretrain", {
         "v5e:4x4": ("fsdp=8,tensor=2", 64, None), "v5e:8x8": ("fsdp=32,tensor=2", 16, None),
-        "v5e:16x16": ("fsdp=128,tensor=2", 4, None), "v6e:8x8": ("fsdp=64", 8, None),
+        "v5e:16x16": ("fsdp=256", 2, None), "v6e:8x8": ("fsdp=64", 8, None),
         "v5p:4x4x4": ("fsdp=64", 4, None), "v5p:16x16x24": ("data=24,fsdp=256", 1, 6_144),
         "h100:8": ("fsdp=8", 64, None), "h200:8": ("fsdp=8", 64, None),
     }),
     Stage("stage3_dcl", {
         "v5e:4x4": ("fsdp=2,tensor=8", 128, None), "v5e:8x8": ("fsdp=8,tensor=8", 32, None),
-        "v5e:16x16": ("fsdp=32,tensor=8", 8, None), "v6e:8x8": ("fsdp=16,tensor=4", 16, None),
-        "v5p:4x4x4": ("fsdp=16,tensor=4", 16, None), "v5p:16x16x24": ("data=24,fsdp=64,tensor=4", 1, 1_536),
+        "v5e:16x16": ("fsdp=64,tensor=4", 4, None), "v6e:8x8": ("fsdp=64", 4, None),
+        "v5p:4x4x4": ("fsdp=64", 4, None), "v5p:16x16x24": ("data=24,fsdp=64,tensor=4", 1, 1_536),
         "h100:8": ("fsdp=2,tensor=4", 128, None), "h200:8": ("fsdp=2,tensor=4", 128, None),
     }),
 )  # fmt: skip

@@ -121,6 +121,37 @@ ENTRY %main.6_spmd (param.5: bf16[5,16,256]) -> f32[] {
 """  # noqa: E501
 
 
+INNER = """HloModule nested
+
+%cut (p.0: f32[8,64], i.0: s32[]) -> f32[1,64] {
+  %p.0 = f32[8,64]{1,0} parameter(0)
+  %i.0 = s32[] parameter(1)
+  %zero.0 = s32[] constant(0)
+  ROOT %cut.0 = f32[1,64]{1,0} dynamic-slice(%p.0, %i.0, %zero.0), dynamic_slice_sizes={1,64}
+}
+
+%product (p.1: f32[8,64], i.1: s32[], q.1: f32[64]) -> f32[1] {
+  %p.1 = f32[8,64]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %q.1 = f32[64]{0} parameter(2)
+  %same.1 = f32[8,64]{1,0} bitcast(%p.1)
+  %row.1 = f32[1,64]{1,0} fusion(%same.1, %i.1), kind=kLoop, calls=%cut
+  ROOT %dot.1 = f32[1]{0} dot(%row.1, %q.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (p: f32[8,64], i: s32[], q: f32[64]) -> f32[1] {
+  %p = f32[8,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %q = f32[64]{0} parameter(2)
+  ROOT %out = f32[1]{0} fusion(%p, %i, %q), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_slice_in_a_fusion_of_a_fusion_is_read_as_a_slice():
+    assert account.read(INNER, 1).traffic == 4 * (64 + 1 + 64 + 1)  # a row, its number, the vector, the result
+
+
 def test_a_tpus_program_as_its_compiler_writes_it():
     """No trip counts but in conditions, one gather written as its start and its end, arrays in on-chip memory."""
     found = account.read(TPU, 16)

@@ -219,6 +219,7 @@ def test_what_json_can_say_but_no_setting_can_be_is_an_error(text):
         (lambda: TrainConfig(b2=1.0), "b2 1.0 must"),
         (lambda: TrainConfig(accumulate=0), "accumulate must be at least 1"),
         (lambda: TrainConfig(loss_chunk=-1), "loss_chunk -1 must lie in 0 .. "),
+        (lambda: TrainConfig(attention_block=-1), "attention_block -1 must lie in 0 .. "),
         (lambda: Rule("llm", -1.0), "rate -1.0 must lie in 0 .. "),
         (lambda: Rule("llm.("), r"path 'llm.\(' is no regular expression"),
         (lambda: VrcTrainConfig(batch=0), "batch must be at least 1"),

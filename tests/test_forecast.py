@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from hypervl_jax import account, cli, forecast, needs, presets, train
+from hypervl_jax import account, cli, forecast, mesh, needs, presets, train
 from hypervl_jax.chips import CHIPS, TPUS, peak
 from hypervl_jax.config import BRANCHES, ConfigError, DclConfig
 from hypervl_jax.forecast import Unfit
@@ -196,3 +196,15 @@ def test_a_slice_that_is_not_there():
     assert found.traffic > found.state
     with pytest.raises(ConfigError, match="topology v5e:3x5"):
         forecast.topology("v5e:3x5")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the plan extra")
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("v6e:8x8", (2, 32, 1)), ("v5p:4x4x4", (1, 32, 2)), ("v5e:16x16", (1, 64, 4))]
+)
+def test_an_axis_may_be_a_part_of_a_slices_side(name, sizes):
+    """Sizes need not be products of a slice's sides: every chip has one place, whichever way the axes cut it."""
+    chips = forecast.topology(name).devices
+    found = mesh.make(MeshConfig(*sizes), chips)
+    assert tuple(found.shape.values()) == sizes
+    assert sorted(d.id for d in found.devices.flat) == sorted(d.id for d in chips)

@@ -252,7 +252,7 @@ def test_eight_devices(alone, eight):
 def test_everything_learns_on_eight_devices(worker, feed, tmp_path):
     """Encoders too, and layers that are scanned, with micro-batches, losses in chunks and the guard."""
     cfg = worker.settings(())
-    how = replace(cfg.train, scan=True, accumulate=2, loss_chunk=100, remat=True, skips=1)
+    how = replace(cfg.train, scan=True, accumulate=2, attention_block=16, loss_chunk=100, remat=True, skips=1)
     many = replace(cfg, train=how)
     train.run(cfg, feed, tmp_path / "one", watch.QUIET)
     for name, on in (("cube", CUBE), ("fsdp", MeshConfig(fsdp=4)), ("tensor", MeshConfig(data=2, tensor=4))):

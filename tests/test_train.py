@@ -340,6 +340,10 @@ def test_the_loss_in_chunks_is_the_loss(gradients, uneven, plain):
     close(gradients(uneven, loss_chunk=100), plain)  # of 512: the last chunk overlaps
 
 
+def test_attention_in_blocks_is_attention(gradients, uneven, plain):
+    close(gradients(uneven, attention_block=10, remat=True), plain)
+
+
 def test_half_precision_computes_and_full_precision_learns(cfg, params, batch):
     half = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
     grads, _ = jax.eval_shape(lambda p: train.gradients(p, half, LARGE, batch), params)

@@ -121,7 +121,7 @@ def read(text: str, devices: int) -> Account:
                 walk(called[1], times, fused=True)
             if not fused and line.op not in _FREE and not line.op.endswith("-done"):
                 inner = programs.get(called[1]) if called and line.op == "fusion" else None
-                total += times * _moved(line, lines, inner)
+                total += times * _moved(line, lines, inner, programs)
         return total
 
     traffic = walk(entry, 1)
@@ -176,7 +176,9 @@ def _sizes(kind: str, everywhere: bool = False) -> list[int]:
     return out
 
 
-def _moved(line: _Line, lines: dict[str, _Line], inner: dict[str, _Line] | None) -> int:
+def _moved(
+    line: _Line, lines: dict[str, _Line], inner: dict[str, _Line] | None, programs: dict[str, dict[str, _Line]]
+) -> int:
     """Bytes an instruction reads and writes; with `inner`, what it is fused of."""
     if line.op in ("dynamic-slice", "gather"):
         return 2 * sum(_sizes(line.kind))
@@ -187,19 +189,36 @@ def _moved(line: _Line, lines: dict[str, _Line], inner: dict[str, _Line] | None)
     if inner is None:
         return out + sum(args)
     for p in (p for p in inner.values() if p.op == "parameter"):
-        users, i = [u for u in inner.values() if p.name in u.args], int(p.inside)
-        if users and i < len(args) and all(_in_part(u, p.name) for u in users):
-            parts = (u.kind if u.op != "dynamic-update-slice" else inner[u.args[1]].kind for u in users)
-            args[i] = min(args[i], sum(sum(_sizes(part)) for part in parts))
+        if (i := int(p.inside)) < len(args):
+            args[i] = int(min(args[i], _read(p.name, inner, programs)))
     for u in (u for u in inner.values() if u.op == "dynamic-update-slice"):  # written in place
         if u.args[1] in inner and sum(_sizes(u.kind)) <= out:
             out += sum(_sizes(inner[u.args[1]].kind)) - sum(_sizes(u.kind))
     return out + sum(args)
 
 
-def _in_part(user: _Line, name: str) -> bool:
-    """Whether an instruction touches only a part of what it is given."""
-    return user.op in ("dynamic-slice", "gather", "dynamic-update-slice") and user.args[0] == name
+def _read(name: str, lines: dict[str, _Line], programs: dict[str, dict[str, _Line]]) -> int | float:
+    """Bytes of `name` that what is fused touches: slices, where nothing else is done with it; inf where it is, or where
+    nothing is."""
+    found = []
+    for user in lines.values():
+        for at, arg in enumerate(user.args):
+            called = _CALLED.search(user.rest)
+            if arg != name:
+                continue
+            if user.op in ("dynamic-slice", "gather") and at == 0:
+                found.append(sum(_sizes(user.kind, everywhere=True)))
+            elif user.op == "dynamic-update-slice" and at == 0:
+                found.append(sum(_sizes(lines[user.args[1]].kind, everywhere=True)))
+            elif user.op == "bitcast":
+                found.append(_read(user.name, lines, programs))
+            elif user.op == "fusion" and called:
+                inner = programs[called[1]]
+                given = (p.name for p in inner.values() if p.op == "parameter" and int(p.inside) == at)
+                found.append(sum(_read(p, inner, programs) for p in given))
+            else:
+                return math.inf
+    return sum(found) if found else math.inf
 
 
 def _name(rest: str, what: str) -> str:

@@ -294,6 +294,7 @@ class TrainConfig:
     rules: tuple[Rule, ...] = ()  # the first that matches counts, and every parameter has one; (): all learn alike
     accumulate: int = 1  # micro-batches a step, one after another: the same sums, less memory
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of both encoders and the decoder; weights stay f32
+    attention_block: int = 0  # the decoder's queries and keys at a time: scores never exist whole; 0: they do
     loss_chunk: int = 0  # rows of the vocabulary at a time, so that logits never exist whole; 0: they do
     seed: int = 0
     scan: bool = True  # one compiled layer body; False unrolls it, which small models on a CPU run faster
@@ -309,7 +310,7 @@ class TrainConfig:
         _within(self, 0, sys.maxsize, "steps")
         _within(self, 0, 100, "skips")
         _within(self, 0, self.steps, "stage0_steps")
-        _within(self, 0, MANY, "loss_chunk")
+        _within(self, 0, MANY, "loss_chunk", "attention_block")
         _above_zero(self, "lr", "stage0_lr", "clip")
         _within(self, 0, MANY, "name_weight", "warmup", "weight_decay")
         _within(self, 0, 1, "final_lr")

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hypervl_jax.config import Config, ConfigError
@@ -82,8 +82,10 @@ def make(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh ({sizes}): that is {cfg.devices} of devices, there are {len(found)}; choose sizes with that product"
         )
     shape = dataclasses.astuple(cfg)
+    # Axes may be parts of those that the chips are wired along, such as 2 x 32 of 8 x 8; `jax.make_mesh` refuses that.
+    grid = mesh_utils.create_device_mesh(shape, found[: cfg.devices], allow_split_physical_axes=True)
     # Auto axes: the compiler spreads what follows. Flax's norms do not trace under explicit ones.
-    return jax.make_mesh(shape, AXES, devices=found[: cfg.devices], axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check(cfg: Config, on: MeshConfig) -> None:

@@ -110,7 +110,7 @@ def hypervl_1p7b() -> Config:
         policy=PlanPolicy(),
     )  # fmt: skip
     screens = ScreensConfig(tasks=("name", "read", "count", "yesno"))  # `find` has a coarser grid than this text
-    how = TrainConfig(compute_dtype="bfloat16", loss_chunk=2048, remat=True, skips=5)
+    how = TrainConfig(compute_dtype="bfloat16", attention_block=512, loss_chunk=2048, remat=True, skips=5)
     return Config("hypervl_1p7b", model, DataConfig(screens), how)
 
 

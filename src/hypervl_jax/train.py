@@ -136,7 +136,7 @@ def features(params: dict, cfg: Config, branch: Branch, seen: Array) -> Array:
 def row_hidden(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:
     """[B L D] what the decoder makes of whole rows."""
     row = batch.ids, batch.slots, batch.positions, batch.segments
-    return hypervl.hidden(params, cfg.model, feats, *row, *_driver(cfg))
+    return hypervl.hidden(params, cfg.model, feats, *row, *_driver(cfg), cfg.train.attention_block)
 
 
 def row_logits(params: dict, cfg: Config, feats: Array, batch: Batch) -> Array:

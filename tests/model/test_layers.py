@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hypervl_jax import account
 from hypervl_jax.config import VitConfig
-from hypervl_jax.model import layers, vit
+from hypervl_jax.model import layers, llm, vit
 
 RNG = np.random.default_rng(0)
 
@@ -148,3 +149,58 @@ def test_a_cache_needs_the_loop(stack):
     make, params, (x, _, mask) = stack
     with pytest.raises(ValueError, match="scan=False"):
         make().apply(params, x, (None,) * 2, mask)
+
+
+# --- attention of a row in blocks ------------------------------------------------------------------------------------
+
+
+def row(length, heads=(4, 2), d=8, rows=2, seed=0):
+    """Queries, keys, values, and segments: a shared prefix, two that follow, padding."""
+    shapes = ((rows, heads[0], length, d), *[(rows, heads[1], length, d)] * 2)
+    q, k, v = (
+        jax.random.normal(key, s) for key, s in zip(jax.random.split(jax.random.key(seed), 3), shapes, strict=True)
+    )
+    cuts = np.sort(np.random.default_rng(seed).integers(0, length + 1, (rows, 3)), 1)
+    segments = (np.arange(length) >= cuts[:, :2, None]).sum(1)
+    return q, k, v, jnp.asarray(np.where(np.arange(length) >= np.maximum(cuts[:, 2:], 1), -1, segments), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "heads"), [(24, 8, (4, 2)), (21, 8, (3, 3)), (7, 16, (4, 1)), (5, 1, (4, 2)), (1, 4, (2, 1))]
+)
+def test_attention_in_blocks_is_attention(length, size, heads):
+    """Values and gradients of rows that are not padding."""
+    q, k, v, segments = row(length, heads)
+    real = (segments >= 0)[:, None, :, None]
+    weights = jnp.where(real, jax.random.normal(jax.random.key(9), q.shape), 0)
+
+    def plain(*a):
+        return jnp.where(real, layers.attention(*a, llm.segment_mask(segments)), 0)
+
+    def blocks(*a):
+        return jnp.where(real, layers.blockwise(*a, segments, size), 0)
+
+    np.testing.assert_allclose(blocks(q, k, v), plain(q, k, v), rtol=1e-5, atol=1e-6)
+    want, got = (jax.grad(lambda *a, f=f: (f(*a) * weights).sum(), (0, 1, 2))(q, k, v) for f in (plain, blocks))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_blocks_computes_no_whole_scores_and_half_of_them():
+    q, k, v, segments = row(64, rows=1)
+    one = jax.make_jaxpr(lambda *a: jax.grad(lambda q, *b: layers.blockwise(q, *b, segments, 8).sum())(*a))(q, k, v)
+    assert "64,64" not in str(one)
+    whole = account.flops(lambda *a: layers.attention(*a, llm.segment_mask(segments)), q, k, v)
+    assert account.flops(lambda *a: layers.blockwise(*a, segments, 8), q, k, v) == whole * 9 // 16
+
+
+def test_half_precision_in_blocks_is_as_near_as_whole():
+    q, k, v, segments = row(48)
+    want = layers.attention(q, k, v, llm.segment_mask(segments))
+    real = np.asarray(segments >= 0)[:, None, :, None]
+    narrow = [a.astype(jnp.bfloat16) for a in (q, k, v)]
+    off = [
+        np.abs(np.where(real, np.asarray(f.astype(jnp.float32) - want), 0)).max()
+        for f in (layers.attention(*narrow, llm.segment_mask(segments)), layers.blockwise(*narrow, segments, 16))
+    ]
+    assert off[1] <= 1.5 * off[0]

@@ -118,8 +118,11 @@ def hidden(
     segments: Int[Array, "B L"],
     scan: bool = True,
     remat: bool | str = False,
+    attention_block: int = 0,
 ) -> Float[Array, "B L D"]:
-    """The decoder over a whole row, without a cache: what training and scoring read. `llm.logits` makes it logits."""
+    """The decoder over a whole row, without a cache: what training and scoring read. `llm.logits` makes it logits.
+    With `attention_block` it attends so many queries and keys at a time, and scores never exist whole."""
     x = embed(params, ids, slots, features)
-    mask = llm.segment_mask(segments)
-    return llm.Llm(cfg.llm, scan, remat).apply({"params": params["llm"]}, x, positions, mask)[0]
+    block = llm.in_blocks(attention_block) if attention_block else llm.Block
+    mask = segments if attention_block else llm.segment_mask(segments)
+    return llm.Llm(cfg.llm, scan, remat, block).apply({"params": params["llm"]}, x, positions, mask)[0]

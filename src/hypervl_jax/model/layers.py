@@ -6,6 +6,7 @@ r the rank of a change.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -245,6 +246,109 @@ def _running(
         return (out / total[:, None]).astype(v.dtype)
 
     return jax.lax.map(block, jnp.arange(h * blocks)).reshape(h, blocks * size, d)[:, :l]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blockwise(
+    q: Float[Array, "B H L d"], k: Float[Array, "B K L d"], v: Float[Array, "B K L d"], segments: Int[Array, "B L"],
+    size: int,
+) -> Float[Array, "B H L d"]:  # fmt: skip
+    """`attention` of a row to itself, under the mask that `llm.segment_mask` has for its segments: `size` queries and
+    `size` keys at a time under a softmax whose sums run along, and the scores made anew in the backward pass
+    (FlashAttention, 2205.14135, algorithms 1 and 4). Neither scores nor mask ever exist whole, and blocks above the
+    diagonal are not computed. A row of -1 attends to what it likes: nobody attends to it."""
+    return _forth(q, k, v, segments, size)[0]
+
+
+class _Cut(NamedTuple):
+    """A row in blocks: [n, B, ...] for n blocks of its L positions, filled up with segment -1."""
+
+    size: int
+    length: int
+    pairs: tuple[Array, Array]  # (queries, keys), blocks on and below the diagonal
+
+    @classmethod
+    def of(cls, length: int, size: int) -> _Cut:
+        size = min(size, length)
+        i, j = np.tril_indices(-(-length // size))
+        return cls(size, length, (jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)))
+
+    def blocks(self, x: Array, axis: int, fill: int = 0) -> Array:
+        axis %= x.ndim
+        short = -self.length % self.size
+        x = jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, self.size, *x.shape[axis + 1 :]), axis, 0)
+
+    def whole(self, x: Array, axis: int) -> Array:
+        """The row again, its positions at `axis`."""
+        x = jnp.moveaxis(x, 0, axis)
+        return jax.lax.slice_in_dim(x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), 0, self.length, axis=axis)
+
+
+def _scores(q: Array, k: Array, segments: tuple[Array, Array], i: Array, j: Array) -> Float[Array, "B K G q s"]:
+    """Of query block i and key block j."""
+    size, (mine, theirs) = q.shape[-2], (s[:, None, None] for s in segments)
+    here = jnp.arange(size)
+    seen = (i * size + here[:, None] >= j * size + here) & (theirs[..., None, :] >= 0)
+    seen &= (theirs[..., None, :] == 0) | (theirs[..., None, :] == mine[..., None])
+    scores = jnp.einsum("bkgqd,bksd->bkgqs", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.where(seen, scores, -1e30)
+
+
+def _in_blocks(cut: _Cut, q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
+    """Queries [n B K G q d], keys and values [n B K s d], segments [n B q]. Behind a barrier: who sees whom is the same
+    in all layers, and JAX would make the mask of every pair of blocks before the first, and keep it."""
+    q, segments = jax.lax.optimization_barrier((q, segments))
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    return cut.blocks(grouped, -2), cut.blocks(k, -2), cut.blocks(v, -2), cut.blocks(segments, -1, -1)
+
+
+def _forth(q: Array, k: Array, v: Array, segments: Array, size: int) -> tuple[Array, tuple]:
+    cut = _Cut.of(q.shape[2], size)
+    qs, ks, vs, seg = _in_blocks(cut, q, k, v, segments)
+
+    def one(found: tuple, pair: tuple) -> tuple[tuple, None]:
+        i, j = pair
+        top, total, out = (a[i] for a in found)
+        scores = _scores(qs[i], ks[j], (seg[i], seg[j]), i, j)
+        high = jnp.maximum(top, scores.max(-1))
+        probs, fade = jnp.exp(scores - high[..., None]), jnp.exp(top - high)
+        new = jnp.einsum("bkgqs,bksd->bkgqd", probs.astype(v.dtype), vs[j]).astype(jnp.float32)
+        made = high, total * fade + probs.sum(-1), out * fade[..., None] + new
+        return tuple(a.at[i].set(b) for a, b in zip(found, made, strict=True)), None
+
+    none = jnp.zeros(qs.shape[:-1], jnp.float32)
+    (top, total, out), _ = jax.lax.scan(one, (none - 1e30, none, jnp.zeros(qs.shape, jnp.float32)), cut.pairs)
+    out = cut.whole((out / total[..., None]).astype(v.dtype), 3).reshape(q.shape)
+    return out, (q, k, v, segments, out, top + jnp.log(total))
+
+
+def _back(size: int, kept: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, out, lse = kept
+    cut = _Cut.of(q.shape[2], size)
+    qs, ks, vs, seg = _in_blocks(cut, q, k, v, segments)
+    ds, outs = (_in_blocks(cut, a, k, v, segments)[0] for a in (d_out, out))
+    slope = (ds.astype(jnp.float32) * outs.astype(jnp.float32)).sum(-1)
+
+    def one(found: tuple, pair: tuple) -> tuple[tuple, None]:
+        i, j = pair
+        probs = jnp.exp(_scores(qs[i], ks[j], (seg[i], seg[j]), i, j) - lse[i][..., None])
+        d_probs = jnp.einsum("bkgqd,bksd->bkgqs", ds[i], vs[j]).astype(jnp.float32)
+        d_scores = (probs * (d_probs - slope[i][..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        more = (
+            (i, jnp.einsum("bkgqs,bksd->bkgqd", d_scores, ks[j])),
+            (j, jnp.einsum("bkgqs,bkgqd->bksd", d_scores, qs[i])),
+            (j, jnp.einsum("bkgqs,bkgqd->bksd", probs.astype(v.dtype), ds[i])),
+        )
+        return tuple(a.at[n].add(b.astype(jnp.float32)) for a, (n, b) in zip(found, more, strict=True)), None
+
+    start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (qs, ks, vs))
+    (dq, dk, dv), _ = jax.lax.scan(one, start, cut.pairs)
+    dq = cut.whole(dq, 3).reshape(q.shape).astype(q.dtype)
+    return dq, cut.whole(dk, 2).astype(k.dtype), cut.whole(dv, 2).astype(v.dtype), None
+
+
+blockwise.defvjp(_forth, _back)
 
 
 class Stack(nn.Module):

@@ -6,6 +6,7 @@ Axes: B batch, L sequence, S cache length, H heads, K kv heads, d head width, D 
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from hypervl_jax.config import LlmConfig
-from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, cpu_attention, matmul, take
+from hypervl_jax.model.layers import Linear, RMSNorm, Stack, Weight, attention, blockwise, cpu_attention, matmul, take
 from hypervl_jax.quantize import Quantized
 
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], cache: KVCache | None, cos: Array, sin: Array, mask: Bool[Array, "B L S"], start
+        self, x: Float[Array, "B L D"], cache: KVCache | None, cos: Array, sin: Array, mask: Array, start
     ) -> tuple[Array, KVCache | None]:
         c = self.cfg
         y = RMSNorm(c.eps, name="norm1")(x)
@@ -93,6 +94,16 @@ class CpuBlock(Block):
     attend: ClassVar = staticmethod(cpu_attention)
 
 
+@functools.cache
+def in_blocks(size: int) -> type[Block]:
+    """The block of a decoder that attends `size` queries and keys at a time; its mask is the segments of the row."""
+
+    class InBlocks(Block):
+        attend: ClassVar = staticmethod(functools.partial(blockwise, size=size))
+
+    return InBlocks
+
+
 class Llm(nn.Module):
     """The decoder stack. Embedding table and head are parameters used by the plain functions `embed` and `logits`."""
 
@@ -106,12 +117,13 @@ class Llm(nn.Module):
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        mask: Bool[Array, "B L S"],
+        mask: Bool[Array, "B L S"] | Int[Array, "B L"],
         caches: tuple[KVCache, ...] | None = None,
         start: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B L D"], tuple[KVCache, ...] | None]:
         """Hidden states after the final norm. With `caches`, keys and values of these L positions are written at
-        `start` and `mask` runs over all S cached positions; S must be at least start + L (the write would clamp)."""
+        `start` and `mask` runs over all S cached positions; S must be at least start + L (the write would clamp).
+        Blocks of `in_blocks` take the segments of the row for a mask."""
         c = self.cfg
         self.param("embed", nn.initializers.normal(c.width**-0.5), (c.vocab, c.width))
         if not c.tied:
