@@ -54,11 +54,11 @@ typecheck: $(STAMP) ## pyright
 	$(BIN)/pyright
 
 bench: $(STAMP) ## every figure of the documents; writes benchmarks/results/
-	@status=0; for f in tiling_memory load_memory losses resume inference nano export quantize "vrc --table 2000" "dcl --ablate-names"; do set -- $$f; \
+	@status=0; for f in tiling_memory load_memory losses resume inference training nano export quantize "vrc --table 2000" "dcl --ablate-names"; do set -- $$f; \
 		$(BIN)/python benchmarks/$$1.py $${@:2} || status=1; done; exit $$status
 
-bench-gpu: $(STAMP) ## speed on a GPU at the paper's sizes, beside transformers where torch is; says so where there is no GPU
-	$(BIN)/python benchmarks/inference.py --gpu
+bench-gpu: $(STAMP) ## speed and MFU on a GPU at the paper's sizes, beside transformers where torch is; says so where there is no GPU
+	@status=0; for f in inference training; do $(BIN)/python benchmarks/$$f.py --gpu || status=1; done; exit $$status
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -6,13 +6,14 @@
   picture   time to the first token about a square picture of 256 to 2,048 pixels: tiles through Base, then the prompt
 
 All run on the same cores, from the same weights and in the same dtype, one call of each after the other in every round;
-a figure is the median over the rounds, of ratios as of times. That they compute the same is checked first. What is not
-installed is left out, and it is said; llama.cpp is there for the decoder on a CPU.
+a figure is the median over the rounds, of ratios as of times. The process keeps its memory, as the commands do
+(`needs.keep_memory`), whoever takes it. That they compute the same is checked first. What is not installed is left out,
+and it is said; llama.cpp is there for the decoder on a CPU.
 
 On a CPU models keep a sixth of their layers (SigLIP Base and Large at 512 px) or a seventh of them and of the
-vocabulary (Qwen3-0.6B). `--gpu` takes the whole of `configs/hypervl_1p7b.py` in bf16, and a training step of it, and
-compares with what a plain copy and a plain product reach on the same device. `--quick` takes tiny models. Accuracy: how
-many answers of nano stay the same in narrow weights.
+vocabulary (Qwen3-0.6B). `--gpu` takes the whole of `configs/hypervl_1p7b.py` in bf16, and compares
+with what a plain copy and a plain product reach on the same device. `--quick` takes tiny models. Accuracy: how many
+answers of nano stay the same in narrow weights.
 """
 
 from __future__ import annotations
@@ -338,7 +339,7 @@ def agreement(screens: int) -> dict[str, dict[str, int]]:
     return out
 
 
-# --- limits and training, for an accelerator -------------------------------------------------------------------------
+# --- limits, of an accelerator ---------------------------------------------------------------------------------------
 
 
 def limits(small: bool) -> dict[str, float]:
@@ -377,40 +378,6 @@ def shares(size: Sizes, metrics: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def training(quick: bool, n: int) -> dict[str, Any]:
-    """Seconds of one training step of `configs/hypervl_1p7b.py`, both branches, on a batch of one screen."""
-    import jax
-    import numpy as np
-
-    from hypervl_jax import presets, train
-    from hypervl_jax.config import BRANCHES
-    from hypervl_jax.data.pipeline import Batch
-
-    cfg = presets.preset("tiny" if quick else "hypervl_1p7b")
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, remat=True))
-    m, tiles, length = cfg.model, cfg.data.tile_buckets[0], cfg.data.lengths[0]
-    patches, slots = m.policy.patches_per_side**2, np.full((1, length), -1, np.int32)
-    slots[0, : m.policy.tokens_per_tile] = np.arange(m.policy.tokens_per_tile)[:length]
-    row = np.arange(length, dtype=np.int32)[None]
-    batch = Batch(
-        np.zeros((1, tiles, m.policy.tile, m.policy.tile, 3), np.uint8), np.ones((1, tiles, patches), bool),
-        row % m.llm.vocab, slots, row > length // 2, row, np.zeros_like(row), np.zeros((1, 2), np.int32),
-        np.zeros((1, 2), np.int32), np.full((1, 2, tiles * patches), 1 / patches, np.float32),
-    )  # fmt: skip
-    state = train.init_state(cfg, 2)
-    step, job = train.compiled(cfg), train.Job(BRANCHES)
-
-    def run():
-        nonlocal state
-        state, found = step(state, batch, job)
-        jax.block_until_ready(found["loss_base"])
-
-    found = rounds({"step": run}, n)["step"]
-    memory = jax.devices()[0].memory_stats() or {}
-    print(f"training step: {found['seconds']:.3f} s, {length} tokens, {tiles} tiles", flush=True)
-    return {**found, "tokens": length, "tiles": tiles, "peak_bytes": memory.get("peak_bytes_in_use")}
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -434,7 +401,7 @@ def ratio(found: dict[str, dict[str, float]], a: str, b: str) -> float:
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--gpu", action="store_true", help="the paper's sizes in bf16, its training step, the limits")
+    parser.add_argument("--gpu", action="store_true", help="the paper's sizes in bf16, and the limits")
     parser.add_argument("--threads", type=int, help="cores that both sides run on (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="on a CPU; at least 5 for a figure that counts")
 
@@ -446,9 +413,10 @@ def main() -> int:
     cores = cores[: args.threads or len(cores)]
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # before JAX starts its threads
-    import jax
+    from hypervl_jax import bench, needs
 
-    from hypervl_jax import bench
+    needs.keep_memory()
+    import jax
 
     gpu = jax.default_backend() == "gpu"
     if args.gpu and not gpu and not args.quick:
@@ -479,7 +447,6 @@ def main() -> int:
     if args.gpu:
         metrics["limits"] = limits(not gpu)
         metrics["shares"] = shares(size, metrics)
-        metrics["training"] = training(args.quick, size.rounds)
     metrics["rss_gb"] = bench.peak_rss_gb()
     found = [] if args.quick else bars(size, metrics)
     return finish("inference", metrics, found, args, seeds=[0, 1, 2])

@@ -139,6 +139,25 @@ def inference(r: Result) -> list[str]:
     )
 
 
+def training(r: Result) -> list[str]:
+    m = r["metrics"]
+    if not m.get("torch"):
+        return []
+    ratios = "; ".join(
+        f"{name} " + ", ".join(f"{b} {found[b]['jax']['over_first']:.2f}" for b in ("base", "large"))
+        for name, found in m["steps"].items()
+    )
+    back = "; ".join(
+        f"{name} "
+        + ", ".join(f"{b} {found[b]['jax']['seconds'] / m['steps'][name][b]['jax']['seconds']:.2f}" for b in found)
+        for name, found in m["as_is"].items()
+    )
+    return prose(
+        "**A training step**, in time of the same step in torch: forward, backward, clipping, AdamW, equal losses:",
+        f"{ratios}. Where a process does not keep its memory as the commands do it takes, times: {back} ({where(r)}).",
+    )
+
+
 def native(d: dict[str, Any], kind: str) -> str:
     """The decoder beside llama.cpp's, in the dtype of the run and in the 8 and 4 bits that either has."""
     pairs = {kind: kind, "int8": "q8_0", "int4": "q4_0"}
@@ -241,6 +260,7 @@ PAGES: dict[str, dict[str, Callable[[Result], list[str]]]] = {
         "nano": nano,
         "export": export,
         "inference": inference,
+        "training": training,
         "tiling_memory": tiling,
         "vrc": vrc,
         "dcl": dcl,

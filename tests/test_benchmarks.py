@@ -298,11 +298,43 @@ def test_without_a_gpu_the_measurement_for_one_says_so(load, monkeypatch):
         inference.main()
 
 
-def test_the_training_step_and_the_limits_are_measured(load):
-    inference = load("inference")
-    found = inference.training(quick=True, n=1)
+def test_the_limits_are_measured(load):
+    assert all(v > 0 for v in load("inference").limits(small=True).values())
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_sizes_step_is_measured(load):
+    found = load("training").paper(quick=True, n=1)
     assert found["seconds"] > 0
-    assert all(v > 0 for v in inference.limits(small=True).values())
+    assert found["flops"] > 0
+
+
+def test_both_turns_are_measured_where_torch_is_not(load):
+    training = load("training")
+    (cfg,) = training.settings(quick=True)
+    found = training.beside_torch(cfg, None, 1)
+    assert found["error"] == {}
+    assert all(found[b]["flops_per_second"] > 0 for b in BRANCHES)
+    assert training.bars({"steps": {"tiny": found}}) == []
+
+
+def test_a_step_is_that_of_torch(load):
+    """Checked inside: losses, divergence and gradient norms of three steps a turn, or the run ends."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    training = load("training")
+    (cfg,) = training.settings(quick=True)
+    found = training.beside_torch(cfg, load("peers"), 1)
+    assert len(found["error"]) == 3 * 5
+    assert [bar.name for bar in training.bars({"steps": {"tiny": found}})] == ["tiny.base", "tiny.large"]
+
+
+def test_wide_is_as_large_as_it_is_said(load):
+    training = load("training")
+    sizes = jax.eval_shape(lambda: train.init_state(training.wide(), 2)).params
+    assert sum(int(np.prod(a.shape)) for a in jax.tree.leaves(sizes)) // 10**6 == 62
 
 
 # --- llamacpp --------------------------------------------------------------------------------------------------------

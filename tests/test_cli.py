@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -15,6 +17,33 @@ import pytest
 from PIL import Image
 
 from hypervl_jax import cli, config, needs, presets
+
+FAULTS = """
+import resource, sys
+from hypervl_jax import needs
+if sys.argv[1:]: needs.keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(1 << 27)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
+@pytest.mark.parametrize(("set_", "stays"), [(["-"], True), ([], False)])
+def test_memory_that_a_command_has_had_stays_with_it(set_, stays):
+    """The second 128 MB are those of the first: the kernel clears no page again."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    said = subprocess.run([sys.executable, "-c", FAULTS, *set_], env=bare, capture_output=True, text=True, check=True)
+    assert (int(said.stdout) < 100) is stays
+
+
+def test_what_the_environment_says_of_memory_counts(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setattr(needs.ctypes, "CDLL", lambda name: pytest.fail("malloc was told otherwise"))
+    needs.keep_memory()
 
 
 @pytest.fixture

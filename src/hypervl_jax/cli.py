@@ -280,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     debug, argv = "--debug" in argv, [a for a in argv if a != "--debug"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    needs.keep_memory()
     if argv in (["--version"], ["-V"]):
         print(f"hypervl {__version__}")
         return
