@@ -121,8 +121,8 @@ def _narrow(x: Float[Array, "M I"], weight: Matrix) -> Float[Array, "M O"]:
 
 def _int8_row(x: Float[Array, "1 I"], weight: Quantized) -> Float[Array, "1 O"]:
     """One row times 8 bit weights in integer products, which read the weights as they lie. The row is the sum of three
-    rows of 8 bits, each what the one before left over: as exact as f32. Four rows, since one alone would take the way
-    that makes floats of everything."""
+    rows of 8 bits, each what the one before left over: as exact as f32. One row alone would take the way that makes
+    floats of everything."""
     rest, unit = x.astype(jnp.float32), jnp.maximum(jnp.abs(x).max().astype(jnp.float32), 1e-30) / 127
     parts, units = [], []
     for _ in range(3):
@@ -130,9 +130,9 @@ def _int8_row(x: Float[Array, "1 I"], weight: Quantized) -> Float[Array, "1 O"]:
         parts.append(part.astype(jnp.int8))
         units.append(unit)
         rest, unit = rest - part * unit, unit / 254
-    rows = jnp.concatenate([*parts, jnp.zeros_like(parts[0])])
+    rows = jnp.concatenate(parts)
     sums = jax.lax.dot_general(rows, weight.q, _NT, preferred_element_type=jnp.int32)  # exact to 133,000 inputs
-    return jnp.einsum("mo,m->o", sums[:3].astype(jnp.float32), jnp.stack(units))[None] * weight.scale[:, 0]
+    return jnp.einsum("mo,m->o", sums.astype(jnp.float32), jnp.stack(units))[None] * weight.scale[:, 0]
 
 
 def _bf16_row(x: Float[Array, "1 I"], weight: Array | np.ndarray) -> Float[Array, "1 O"]:
