@@ -125,11 +125,14 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None = None) -> Model:
+def load_model(
+    name: Path | str, dtype: Any = np.float32, shardings: dict | None = None, only: Sequence[str] = ()
+) -> Model:
     """Reads a model directory, strict: unknown, missing, misshapen and non-finite weights are reported together.
 
     `dtype` and `shardings` are those of `tensors.read`; "int8" and "int4" are those of `quantize.py`, tensor by tensor
-    as they are read, everything that is no matrix in f32.
+    as they are read, everything that is no matrix in f32. With `only` no more is read than the weights whose paths
+    begin so, such as "llm.", and nothing is said of the others.
     Raises `CheckpointError`, `ConfigError` or `TextError` naming the file that does not fit.
     """
     path = find_model(name)
@@ -139,7 +142,11 @@ def load_model(name: Path | str, dtype: Any = np.float32, shardings: dict | None
     if recipe is not None and shardings is not None:
         raise ValueError(f"{dtype} weights are read onto one device: leave out shardings")
     pack, dtype = (quantize.packer(recipe), np.float32) if recipe is not None else (None, dtype)
-    params, _ = tensors.read(path, layouts.hypervl(cfg, want), want, dtype, shardings, pack)
+    table = layouts.hypervl(cfg, want)
+    if only:
+        want = {k: shape for k, shape in want.items() if k.startswith(tuple(only))}
+        table = tensors.Table(tuple(row for row in table.rows if row.path in want), ((".*", "not asked for"),))
+    params, _ = tensors.read(path, table, want, dtype, shardings, pack)
     return Model(cfg, params, Tokenizer.load(path / TOKENIZER), info)
 
 

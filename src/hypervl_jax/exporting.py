@@ -22,9 +22,11 @@ def export(
     calibrate: int = 0,
     data: Path | None = None,
     bundle: Branch | None = None,
+    cache: int | None = None,
     portable: bool = False,
 ) -> None:
-    """Write a model as verified .tflite files with a manifest; nothing is left if a part does not match JAX.
+    """Write a model as verified .tflite files with a manifest; nothing is left if a part does not match JAX. A model of
+    more than a billion weights is made a part at a time, each in a process of its own.
 
     For example:
 
@@ -48,13 +50,16 @@ def export(
         data: a folder that `hypervl data build` wrote, to take them from; if not given, screens are composed.
         bundle: with this branch also one .litertlm file for the stock LiteRT-LM runtime, which must answer alike; it
             holds the parts again and needs the litertlm extra.
+        cache: tokens that pictures, question and answer may have together; if not given, room for the largest plan.
         portable: for servers: the same parts as portable StableHLO with safetensors beside them instead, in f32.
     """
     from hypervl_jax import quantize
-    from hypervl_jax.export import lower, parts
+    from hypervl_jax.export import apart, lower, parts
 
     if calibrate < 0 or (data is not None and not calibrate):
         raise needs.UsageError("--calibrate: so many samples, at least 1; --data: where they come from")
+    if cache is not None and not 2 <= cache <= 1 << 20:
+        raise needs.UsageError("--cache: 2 to 1048576 tokens")
     recipes = {"f32": (), "w4a16": quantize.decoder4(None if group == "row" else int(group))} | quantize.RECIPES
     how = (*quantize.read(rules), *recipes[recipe])
     branches = BRANCHES if branch == "both" else (branch,)
@@ -63,14 +68,25 @@ def export(
             raise needs.UsageError("--portable: weights as they are, in f32; leave recipe, rules and bundle out")
         from hypervl_jax.export import portable as servers
 
-        print("\n".join(servers.write(needs.load(model), out, branches=branches)))
+        print("\n".join(servers.write(needs.load(model), out, branches=branches, cache=cache)))
         return
     lower.require()
-    loaded = needs.load(model)
-    samples = needs.samples(loaded, calibrate, data) if calibrate else ()
-    made = parts.export(loaded, out, recipe=how, samples=samples, branches=branches, source=model, bundle=bundle)
+    needs.check_model(model)
+    options = {"recipe": how, "branches": branches, "source": model, "bundle": bundle, "cache": cache}
+    if apart.is_large(model):
+        if calibrate:
+            raise needs.UsageError(
+                f"{model}: too large for --calibrate, which holds a model several times; leave it out"
+            )
+        needs.keep_compiled()
+        made = apart.export(model, out, **options)
+    else:
+        loaded = needs.load(model)
+        samples = needs.samples(loaded, calibrate, data) if calibrate else ()
+        made = parts.export(loaded, out, samples=samples, **options)
     for name, error in made.parity.items():
-        print(f"{name}: {error:.1e} from JAX" + (f", {made.lowered[name]:.1e} before rounding" if how else ""))
+        before = f", {made.lowered[name]:.1e} before rounding" if name in made.lowered else ""
+        print(f"{name}: {error:.1e} from JAX{before}")
     for part in made.parts:
         print(
             f"{part.name}: {part.file.bytes / 1e6:.2f} MB, {made.bits[part.name]:.2f} bits a weight, "

@@ -119,6 +119,15 @@ def load(name: str, dtype: Any = "float32") -> Any:
     """A model, or the one line that says how to come by one."""
     from hypervl_jax import checkpoint
 
+    check_model(name)
+    keep_compiled()
+    return checkpoint.load_model(name, dtype)
+
+
+def check_model(name: str) -> None:
+    """Raises the one line that says how to come by a model where a name can be none."""
+    from hypervl_jax import checkpoint
+
     if not name.strip():
         raise UsageError("--model is empty; give a model folder, or leave it out")
     if name == DEFAULT and not Path(name).exists() and not (checkpoint.SHIPPED / name).exists():
@@ -128,8 +137,6 @@ def load(name: str, dtype: Any = "float32") -> Any:
         )
     if (Path(name) / "manifest.json").is_file():
         raise UsageError(f"{name}: these are exported files; ask them with --runtime litert, or give the model folder")
-    keep_compiled()
-    return checkpoint.load_model(name, dtype)
 
 
 def samples(model: Any, n: int, data: Path | None) -> list[Any]:

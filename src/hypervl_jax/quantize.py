@@ -11,7 +11,7 @@ Axes: O outputs, I inputs, G groups of a row, i inputs of a group.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -251,14 +251,15 @@ def packer(recipe: Recipe) -> Callable[[str, np.ndarray], Any]:
     return pack
 
 
-def quantize(params: dict, recipe: Recipe) -> dict:
+def quantize(params: dict, recipe: Recipe, shapes: Mapping[str, Sequence[int]] | None = None) -> dict:
     """A model's tree with its matrices as the recipe says; every function of the library takes it in place of the
     other. A stack whose layers are kept alike stays one, another becomes a list of layers. Not to be trained or saved.
+    Of a part of a tree `shapes` are those of the whole one, by path.
     Raises `RecipeError` for a rule that speaks of no matrix, or of an unknown kind.
     """
-    paths = [path for path in flatten(params) if is_matrix(path)]
-    layers = [_layer(path, i) for path in paths for i in range(_depth(params, path))]
-    check(recipe, paths, layers)
+    shapes = {path: np.shape(leaf) for path, leaf in flatten(params).items()} if shapes is None else shapes
+    paths = [path for path in shapes if is_matrix(path)]
+    check(recipe, paths, [_layer(p, i) for p in paths if ".layers." in p for i in range(shapes[p][0])])
     return _quantize(params, packer(recipe), "")
 
 
@@ -280,11 +281,6 @@ def joined(layers: list[dict]) -> dict | list[dict]:
     first, *others = ([(a.shape, a.dtype) for a in jax.tree.leaves(layer)] for layer in layers)
     alike = all(jax.tree.structure(layer) == jax.tree.structure(layers[0]) for layer in layers)
     return jax.tree.map(lambda *a: np.stack(a), *layers) if alike and all(o == first for o in others) else layers
-
-
-def _depth(params: dict, path: str) -> int:
-    """How many layers the stack has that a leaf is of; 0: it is of none."""
-    return len(flatten(params)[path]) if ".layers." in path else 0
 
 
 def _layer(path: str, i: int) -> str:

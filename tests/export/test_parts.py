@@ -206,6 +206,17 @@ def test_default_lengths_hold_the_largest_prompt(name, tiny_tokenizer):
     assert list(lengths) == sorted(set(lengths))
 
 
+@pytest.mark.parametrize("cache", [400, 1536, 9728])
+def test_at_paper_size_lengths_are_cut_and_pictures_fit_the_cache(cache, tiny_tokenizer):
+    cfg = presets.hypervl_1p7b().model
+    lengths, room = parts.lengths(cfg, tiny_tokenizer)
+    assert (lengths, room) == ((352, 704, 1024), 9760)
+    plans = [plan.make(p.shape[:2], 1.0, cfg.policy) for p in parts.default_pictures(cfg, cache=cache)]
+    assert plans[0].n_tiles == 1
+    assert [p.n_tiles for p in plans][-1] == {400: 1, 1536: 5, 9728: 10}[cache]
+    assert max(p.tokens for p in plans) <= cache - 100
+
+
 def test_default_pictures_run_from_one_tile_to_many(tiny_config):
     counts = [
         plan.make(p.shape[:2], 1.0, tiny_config.model.policy).n_tiles for p in parts.default_pictures(tiny_config.model)

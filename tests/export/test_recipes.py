@@ -60,7 +60,7 @@ def test_the_files_hold_what_jax_computes_with(narrow, tiny_model):
 def test_verify_proves_again_and_finds_another_model(narrow, tiny_model, tiny_screens, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(needs, "load", lambda name: asked.append(name) or tiny_model)
-    monkeypatch.setattr(parts, "default_pictures", lambda cfg: [tiny_screens[0].image])
+    monkeypatch.setattr(parts, "default_pictures", lambda *_, **__: [tiny_screens[0].image])
     cli.main(["verify", str(narrow)])
     said = capsys.readouterr().out
     assert asked == ["some/model"]

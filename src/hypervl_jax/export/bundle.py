@@ -9,6 +9,7 @@ writer and the runtime come with the `litertlm` extra.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ from PIL import Image
 from hypervl_jax import evaluate, plan, quantize, text, tokens
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Branch, ModelConfig, TextConfig
-from hypervl_jax.export import lower, pack, parts, verify
+from hypervl_jax.export import lower, manifest, pack, parts, verify
 from hypervl_jax.export.lower import ExportError
+from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import Runtime
 
 SUFFIX = ".litertlm"
@@ -55,7 +57,9 @@ def write(model: Model, folder: str | Path, out: str | Path, branch: Branch = "b
     kinds = builder.TfLiteModelType
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         vision, about, done = (Path(work) / name for name in ("vision.tflite", "about.pb", out.name))
-        params = quantize.quantize(model.params, quantize.parse(files.manifest.recipe))
+        params = model.params
+        if not quantize.is_quantized(params):
+            params = quantize.quantize(params, quantize.parse(files.manifest.recipe))
         part = parts.encoder(model.config, params, branch, masked=False)
         lower.to_tflite(vision, quantize.restored(part.params), part.signatures)
         if files.manifest.recipe:
@@ -74,6 +78,14 @@ def write(model: Model, folder: str | Path, out: str | Path, branch: Branch = "b
         prove(done, files, branch)
         os.replace(done, out)
     return out
+
+
+def add(model: Model, folder: Path, made: Manifest, branch: Branch) -> Manifest:
+    """`write` into an exported folder, and what its manifest then says."""
+    file = write(model, folder, folder / f"{branch}{SUFFIX}", branch)
+    made = dataclasses.replace(made, bundles=(manifest.bundle_of(file, branch),))
+    manifest.write(folder, made)
+    return made
 
 
 def prove(bundle: Path, files: Runtime, branch: Branch) -> None:

@@ -18,8 +18,9 @@ h head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,12 @@ _array = jax.ShapeDtypeStruct
 _NEAR = 0.5  # of a matrix, that 4 bits may be away from it: the nearest are at 0.1 to 0.2, those of another model at 1
 
 
+WEIGHTS = {"vrc": "vrc.", **{ENCODER + b: f"{b}." for b in BRANCHES}, "embedder": "llm.embed", "decoder": "llm."}
+SHOWN = 9  # tiles of the largest picture that an export is proved on where none are given
+TEXT = 160  # tokens of a question and an answer, where it is asked how many tiles a cache holds
+LONGEST = 1024  # tokens of the longest prefill: what it multiplies a prompt's scores in grows with it
+
+
 class Part(NamedTuple):
     """One file: a tree of weights and the entry points that share it."""
 
@@ -53,17 +60,26 @@ class Part(NamedTuple):
     signatures: tuple[Signature, ...]
 
 
+def names(branches: Sequence[Branch]) -> tuple[str, ...]:
+    """What every part is called, in the order in which they are made."""
+    return ("vrc", *(ENCODER + b for b in branches), "embedder", "decoder")
+
+
 def make(
     cfg: ModelConfig, params: dict, branches: Sequence[Branch], prefill: Sequence[int], cache: int
 ) -> dict[str, Part]:
     """Every part by name, nothing lowered yet."""
-    encoders = {ENCODER + b: encoder(cfg, params, b) for b in branches}
-    return {
-        "vrc": compressor(cfg, params),
-        **encoders,
-        "embedder": embedder(cfg, params),
-        "decoder": decoder(cfg, params, prefill, cache),
+    return {name: one(name, cfg, params, prefill, cache) for name in names(branches)}
+
+
+def one(name: str, cfg: ModelConfig, params: dict, prefill: Sequence[int], cache: int) -> Part:
+    """The part of that name. `params` may lack what the part has not got: `WEIGHTS`."""
+    made: dict[str, Callable[[], Part]] = {
+        "vrc": lambda: compressor(cfg, params),
+        "embedder": lambda: embedder(cfg, params),
+        "decoder": lambda: decoder(cfg, params, prefill, cache),
     }
+    return (made | {ENCODER + b: partial(encoder, cfg, params, b) for b in BRANCHES})[name]()
 
 
 def compressor(cfg: ModelConfig, params: dict) -> Part:
@@ -175,7 +191,7 @@ def lengths(
 ) -> tuple[tuple[int, ...], int]:
     """(prefill lengths, cache length) with room for the largest plan, a question and an answer of so many tokens.
 
-    Lengths double from one tile and a question up to the largest prompt.
+    Lengths double from one tile and a question up to the largest prompt, or `LONGEST`: longer ones are read in pieces.
     """
     policy = cfg.policy
     tile = policy.tokens_per_tile + 1  # with its marker
@@ -188,10 +204,23 @@ def lengths(
         return -(-n // 32) * 32
 
     out, n = [], up(tile + question)
-    while n < up(most):
+    last = max(n, min(up(most), LONGEST))
+    while n < last:
         out.append(n)
         n = up(2 * n)
-    return (*out, up(most)), up(most + answer)
+    return (*out, last), up(most + answer)
+
+
+def checked_lengths(
+    model: Model, prefill: Sequence[int] | None, cache: int | None, branches: Sequence[Branch]
+) -> tuple[tuple[int, ...], int]:
+    """(prefill lengths, cache length), `lengths` where None. Raises `ExportError` for those that cannot be."""
+    defaults = lengths(model.config, model.tokenizer)
+    cache = cache or defaults[1]
+    prefill = tuple(prefill or sorted({min(n, cache) for n in defaults[0]}))
+    if min(prefill) < 2 or max(prefill) > cache or not branches:
+        raise ExportError(f"prefill lengths {list(prefill)} must lie in 2 .. cache = {cache}, and one branch be given")
+    return prefill, cache
 
 
 def export(
@@ -231,12 +260,9 @@ def export(
     if quantize.is_quantized(model.params):
         raise ExportError("weights in 8 or 4 bits are not exported; load the model as it is, and give a recipe")
     out = Path(out_dir).absolute()
-    _check_free(out)
-    defaults = lengths(model.config, model.tokenizer)
-    prefill, cache = prefill or defaults[0], cache or defaults[1]
-    if min(prefill) < 2 or max(prefill) > cache or not branches:
-        raise ExportError(f"prefill lengths {list(prefill)} must lie in 2 .. cache = {cache}, and one branch be given")
-    pictures = default_pictures(model.config) if verify_images is None else verify_images
+    check_free(out)
+    prefill, cache = checked_lengths(model, prefill, cache, branches)
+    pictures = default_pictures(model.config, cache=cache) if verify_images is None else verify_images
     params = quantize.quantize(model.params, recipe)
     if samples:
         if not any(map(calibrate.narrow, calibrate.layers_of(params))):
@@ -244,19 +270,12 @@ def export(
         found = calibrate.grams(model, samples, branches, progress)
         params = calibrate.calibrated(model.params, recipe, found)
     parts = make(model.config, params, branches, prefill, cache)
-    files = {name: f"{name}.tflite" for name in parts}
-    scale = float(model.info.get("vrc_scale", 1.0))
-
-    def described(work: Path, parity: Sequence[Seam] = (), **more: Any) -> Manifest:
-        errors = {s.name: s.error for s in parity}
-        return manifest.describe(work, model.config, files, TOKENIZER, errors, scale, source=source, **more)
+    about = partial(described, model=model, branches=branches, source=source)
 
     def proved(work: Path, params: dict) -> list[Seam]:
         bar.set_postfix_str("verify")
         seams = prove(model, work, pictures, params)
-        for seam in seams:
-            if not seam.ok:
-                raise ExportError(f"{out}: not exported: {seam}")
+        refuse(out, seams)
         bar.update()
         return seams
 
@@ -264,27 +283,25 @@ def export(
     with replacing(out) as work, tqdm(total=total, desc="export", unit="part", disable=not progress) as bar:
         for name, part in parts.items():
             bar.set_postfix_str(name)
-            lower.to_tflite(work / files[name], quantize.restored(part.params), part.signatures)
+            lower.to_tflite(work / file_of(name), quantize.restored(part.params), part.signatures)
             bar.update()
         model.tokenizer.save(work / TOKENIZER)
-        manifest.write(work, described(work))
+        manifest.write(work, about(work))
         seams = proved(work, quantize.restored(params))
-        more: dict[str, Any] = {"bits": _bits(parts), "recipe": tuple(map(str, recipe)), "calibrated": len(samples)}
+        more: dict[str, Any] = {"bits": bits(parts), "recipe": tuple(map(str, recipe)), "calibrated": len(samples)}
         if recipe:
             for name, part in parts.items():
                 bar.set_postfix_str(f"{name} integers")
-                pack.pack(work / files[name], quantize.matrices(part.params))
+                pack.pack(work / file_of(name), quantize.matrices(part.params))
                 bar.update()
             more["lowered"] = {s.name: s.error for s in seams}
-            manifest.write(work, described(work, **more))
+            manifest.write(work, about(work, **more))
             seams = proved(work, params)
-        done = described(work, seams, **more)
+        done = about(work, seams, **more)
         manifest.write(work, done)
         if bundle is not None:
             bar.set_postfix_str(f"{bundle} bundle")
-            file = bundles.write(model, work, work / f"{bundle}{bundles.SUFFIX}", bundle)
-            done = replace(done, bundles=(manifest.bundle_of(file, bundle),))
-            manifest.write(work, done)
+            done = bundles.add(model, work, done, bundle)
             bar.update()
     return done
 
@@ -300,8 +317,8 @@ def prove(
     params = held(model, files) if params is None else params
     for name, part in make(model.config, params, files.branches, files.buckets, files.cache_length).items():
         pack.compare(files.directory / files.manifest.part(name).file.file, quantize.matrices(part.params))
-    reference = model._replace(params=quantize.restored(params))
-    return verify.seams(reference, files, default_pictures(model.config) if pictures is None else pictures)
+    pictures = default_pictures(model.config, cache=files.cache_length) if pictures is None else pictures
+    return verify.seams(model._replace(params=params), files, pictures)
 
 
 def held(model: Model, files: Runtime) -> dict:
@@ -333,26 +350,52 @@ def _chosen(model: Model, params: dict, path: Path) -> dict:
     return calibrate.with_layers(params, each)
 
 
-def _bits(parts: dict[str, Part]) -> dict[str, float]:
-    bits = {name: quantize.bits_per_weight(part.params) for name, part in parts.items()}
-    return bits | {"layers": quantize.bits_per_weight(parts["decoder"].params["blocks"])}
+def file_of(name: str) -> str:
+    """The file of a part."""
+    return f"{name}.tflite"
 
 
-def default_pictures(cfg: ModelConfig, n: int = 3) -> list[np.ndarray]:
-    """Held-out screens from one tile to as many as a plan may have."""
+def described(
+    work: Path, parity: Sequence[Seam] = (), *, model: Model, branches: Sequence[Branch], **more: Any
+) -> Manifest:
+    """The manifest of the files in `work`, which are those of `model`."""
+    files, errors = {name: file_of(name) for name in names(branches)}, {s.name: s.error for s in parity}
+    scale = float(model.info.get("vrc_scale", 1.0))
+    return manifest.describe(work, model.config, files, TOKENIZER, errors, scale, **more)
+
+
+def refuse(out: Path, seams: Sequence[Seam]) -> None:
+    """Raises `ExportError` for the first seam that is too far from JAX."""
+    for seam in seams:
+        if not seam.ok:
+            raise ExportError(f"{out}: not exported: {seam}")
+
+
+def bits(parts: dict[str, Part]) -> dict[str, float]:
+    """Bits a weight takes, by part, and those of the decoder's layers."""
+    found = {name: quantize.bits_per_weight(part.params) for name, part in parts.items()}
+    return found | {"layers": quantize.bits_per_weight(parts["decoder"].params["blocks"])}
+
+
+def default_pictures(cfg: ModelConfig, n: int = 3, cache: int | None = None) -> list[np.ndarray]:
+    """Held-out screens from one tile to as many as a plan, a cache and `SHOWN` allow."""
     from hypervl_jax.data import screens
     from hypervl_jax.data.assets import Assets
 
-    assets, t, most = Assets.load(), max(cfg.policy.tile, 24), cfg.policy.max_tiles
+    policy = cfg.policy
+    assets, t, wide = Assets.load(), max(policy.tile, 24), policy.max_tiles**0.5
+    room = policy.max_tiles if cache is None else (cache - TEXT) // (policy.tokens_per_tile + 1) - policy.thumbnail
+    if (room := min(room, SHOWN)) < policy.max_tiles:
+        wide = math.isqrt(max(1, room))
     out = []
     for i in range(n):
-        side = round(t * (1 + (most**0.5 - 1) * i / max(1, n - 1)))
+        side = round(t * (1 + (wide - 1) * i / max(1, n - 1)))
         shape = ScreensConfig(min_side=max(16, side * 3 // 4), max_side=side, max_area=side * side)
         out.append(screens.record(assets, shape, "test_known", i).image)
     return out
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
     if not out.exists():
         return
     ours = {manifest.NAME, TOKENIZER}

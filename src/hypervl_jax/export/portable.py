@@ -43,8 +43,7 @@ def write(
         raise ExportError(f"{out}: is there already; remove it, or name another folder")
     if quantize.is_quantized(model.params):
         raise ExportError("weights in 8 or 4 bits are not exported; load the model as it is")
-    defaults = parts.lengths(model.config, model.tokenizer)
-    made = parts.make(model.config, model.params, branches, prefill or defaults[0], cache or defaults[1])
+    made = parts.make(model.config, model.params, branches, *parts.checked_lengths(model, prefill, cache, branches))
     made["embedder"] = parts.embedder(model.config, model.params, named=False)  # JAX names operators for one platform
     with replacing(out) as work:
         for name, part in made.items():

@@ -25,7 +25,7 @@ from hypervl_jax.config import Branch
 from hypervl_jax.export.lower import ExportError
 from hypervl_jax.export.runtime import ENCODER, PREFILL, Runtime
 from hypervl_jax.generate import DecodeState
-from hypervl_jax.model import hypervl
+from hypervl_jax.model import hypervl, llm
 
 LIMIT = 1e-4
 DYNAMIC = 0.1  # where the runtime rounds activations to 8 bits: each product then has an error of about 1 %
@@ -85,10 +85,11 @@ def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> lis
                 x[branch, i] = _prompt(model, runtime, p, features)
         note("embedder", _embedder(model, runtime))
         everything = np.concatenate(list(x.values()), axis=1)
-        for name, error in _prefills(model, runtime, everything).items():
+        length = max(*runtime.buckets, *(row.shape[1] for row in x.values()))  # one for all: JAX compiles it once
+        for name, error in _prefills(model, runtime, everything, length).items():
             note(name, error)
         for (branch, i), row in x.items():
-            decode, answers = _answers(model, runtime, pictures[i], branch, row)
+            decode, answers = _answers(model, runtime, pictures[i], branch, row, length)
             note("decode", decode)
             note("answers", answers)
     return [Seam(name, error, _limit(name, runtime)) for name, error in worst.items()]
@@ -129,13 +130,18 @@ def _embedder(model: Model, runtime: Runtime) -> float:
     """Every row of a small table, a sample of a large one."""
     vocab = model.config.llm.vocab
     ids = np.arange(vocab, dtype=np.int32)[:: max(1, vocab // 2048)]
-    return relative(runtime.embed(ids)[0], np.asarray(model.params["llm"]["embed"])[ids])
+    return relative(runtime.embed(ids)[0], _rows(model, ids))
 
 
-def _prefills(model: Model, runtime: Runtime, x: np.ndarray) -> dict[str, float]:
+def _rows(model: Model, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """f32[n D]: rows of JAX's token table."""
+    return np.asarray(llm.embed(model.params["llm"], jnp.asarray(ids, jnp.int32)[None]))[0]
+
+
+def _prefills(model: Model, runtime: Runtime, x: np.ndarray, length: int) -> dict[str, float]:
     """Caches of each prefill length. A key depends on no later position, so the longest run is the reference of all."""
-    x = np.tile(x, (1, -(-runtime.cache_length // x.shape[1]), 1))[:, : runtime.cache_length]
-    state, out = _prefilled(model, runtime, x), {}
+    x = np.tile(x, (1, -(-length // x.shape[1]), 1))[:, :length]
+    state, out = _prefilled(model, x, length), {}
     for n in runtime.buckets:
         found = runtime.prefill(x[:, :n])
         pairs = ((found[f"kv_cache_{s}_{i}"], getattr(c, s)) for i, c in enumerate(state.caches) for s in "kv")
@@ -143,7 +149,9 @@ def _prefills(model: Model, runtime: Runtime, x: np.ndarray) -> dict[str, float]
     return out
 
 
-def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch, x: np.ndarray) -> tuple[float, float]:
+def _answers(
+    model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch, x: np.ndarray, length: int
+) -> tuple[float, float]:
     """(decode, answers): logits step by step, and the regret of the answer that the files give from the pixels on.
 
     JAX is led along the files' tokens, padded on the left as it pads batches; the files are not padded.
@@ -151,7 +159,7 @@ def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch,
     answer = runtime.answer(pixels, QUESTION, branch, vrc=False, max_new=STEPS)
     tok, n = model.tokenizer, x.shape[1]
     forbidden, end = tok.forbidden(model.config.llm.vocab), tok.special(tokens.IM_END)
-    state, caches, decode, regret = _prefilled(model, runtime, x), runtime.prefill(x[:, :-1]), 0.0, 0.0
+    state, caches, decode, regret = _prefilled(model, x, length), runtime.prefill(x[:, :-1]), 0.0, 0.0
     for i in range(len(answer.ids) + answer.ended):
         want = np.asarray(state.logits[0])
         found, caches = runtime.step(x[:, -1:], n - 1 + i, caches)
@@ -160,13 +168,12 @@ def _answers(model: Model, runtime: Runtime, pixels: np.ndarray, branch: Branch,
         regret = _worst(regret, float((want[~forbidden].max() - want[chosen]) / np.abs(want).max()))
         if i < len(answer.ids):
             state = _led(model, state, answer.ids[i], forbidden, end)
-            x = np.asarray(model.params["llm"]["embed"])[None, [answer.ids[i]]]
+            x = _rows(model, [answer.ids[i]])[None]
     return decode, regret
 
 
-def _prefilled(model: Model, runtime: Runtime, x: np.ndarray) -> DecodeState:
-    """JAX's state after x, padded on the left to one length (one compilation), with room for an answer."""
-    length = runtime.cache_length
+def _prefilled(model: Model, x: np.ndarray, length: int) -> DecodeState:
+    """JAX's state after x, padded on the left to `length`, with room for an answer."""
     pads = length - x.shape[1]
     x, key = np.pad(x, ((0, 0), (pads, 0), (0, 0))), jax.random.key(0)
     return _prefill(model.params, model.config, x, np.array([pads], np.int32), key, length + STEPS)
