@@ -25,6 +25,18 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+# Minutes each: they come first, so that no worker has one to itself when the others are done.
+LONG = [
+    f"test_{name}.py"
+    for name in ("quickstart", "train", "configs", "mesh", "parallel", "examples", "resume", "sight", "benchmarks")
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    of = {ROOT / "tests" / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: of.get(item.path, len(LONG)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_file():
     """Compiled programs go with the file that compiled them. Each is mapped into memory in many pieces, and a process

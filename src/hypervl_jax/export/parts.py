@@ -100,7 +100,7 @@ def encoder(cfg: ModelConfig, params: dict, branch: Branch, masked: bool = True)
 
     def vision(p, images, mask=None):
         seen = jnp.ones((1, patches), bool) if mask is None else mask > 0.5
-        return hypervl.encode_batch(_stacked(p), cfg, branch, images, seen, scan=False)
+        return hypervl.encode_batch(stacked(p), cfg, branch, images, seen, scan=False)
 
     tree, args = _unstacked({branch: params[branch]}), (_array((1, t, t, 3), _f32), _array((1, patches), _f32))
     if masked:
@@ -131,7 +131,7 @@ def decoder(cfg: ModelConfig, params: dict, prefill: Sequence[int], cache: int) 
     names = tuple(f"kv_cache_{side}_{i}" for i in range(c.depth) for side in "kv")
 
     def run(p, x, input_pos, mask, caches):
-        return net.apply({"params": _stacked(p)}, x, input_pos[None], mask[:, 0] >= 0, caches, input_pos[0])
+        return net.apply({"params": stacked(p)}, x, input_pos[None], mask[:, 0] >= 0, caches, input_pos[0])
 
     def fill(*args):
         return run(*args)[1]  # the last layer's attention and the head fall away
@@ -171,12 +171,12 @@ def _unstacked(tree: dict) -> dict:
     return out
 
 
-def _stacked(tree: dict) -> dict:
+def stacked(tree: dict) -> dict:
     """The tree that the model expects, out of what `_unstacked` made of it."""
     return {
         key: jax.tree.map(_Layers, *value)
         if isinstance(value, list)
-        else _stacked(value)
+        else stacked(value)
         if isinstance(value, dict)
         else value
         for key, value in tree.items()
