@@ -48,15 +48,16 @@ class Lite:
     def __call__(self, signature: str, inputs: dict[str, np.ndarray], shared: dict[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name, but those that are `shared`: tensors that are read and written where they lie."""
         takes, gives = self.shapes[signature]
-        into = {name: shared.get(name) or self._buffer(signature, "in", name) for name in takes}
-        out = {name: shared.get(name) or self._buffer(signature, "out", name) for name in gives}
+        into = {name: shared.get(name) or self.buffer(signature, "in", name) for name in takes}
+        out = {name: shared.get(name) or self.buffer(signature, "out", name) for name in gives}
         for name, value in inputs.items():
             into[name].write(value)
         self.model.run_by_name(signature, into, out)
         read = {name: gives[name] for name in gives if name not in shared}
         return {name: out[name].read(int(np.prod(s)), np.dtype(t)).reshape(s) for name, (t, s) in read.items()}
 
-    def _buffer(self, signature: str, side: str, name: str) -> Any:
+    def buffer(self, signature: str, side: str, name: str) -> Any:
+        """The memory of one input ("in") or output ("out")."""
         if (key := (signature, side, name)) not in self.buffers:
             make = self.model.create_input_buffer_by_name if side == "in" else self.model.create_output_buffer_by_name
             self.buffers[key] = make(signature, name)
@@ -67,8 +68,6 @@ class LiteDecoder:
     """The exported decoder, with a cache of `room` positions."""
 
     def __init__(self, size: Sizes, params: dict, kind: str, room: int, threads: int, work: Path):
-        from ai_edge_litert.tensor_buffer import TensorBuffer
-
         from hypervl_jax import quantize
         from hypervl_jax.export import parts
 
@@ -77,9 +76,10 @@ class LiteDecoder:
         packed = quantize.quantize({"llm": params["llm"]}, quantize.RECIPES.get(kind, ()))
         part = parts.decoder(cfg, packed, size.prompts[:1], room)
         self.file = Lite(lowered(part, work / f"decoder-{kind}.tflite"), threads)
-        caches = {k: spec for k, spec in self.file.shapes["decode"][0].items() if k.startswith("kv_cache")}
-        self.arrays = {k: aligned(shape) for k, (_, shape) in caches.items()}
-        self.caches = {k: TensorBuffer.create_from_host_memory(a) for k, a in self.arrays.items()}
+        caches = {k: shape for k, (_, shape) in self.file.shapes["decode"][0].items() if k.startswith("kv_cache")}
+        self.caches = {k: self.file.buffer("decode", "in", k) for k in caches}
+        for name, shape in caches.items():
+            self.caches[name].write(np.zeros(shape, np.float32))
         self.at, self.bytes = 0, self.file.bytes
 
     def _run(self, signature: str, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -108,13 +108,6 @@ class LiteDecoder:
             said.append(int(self.logits.argmax()))
             self.logits = self._run("decode", np.array(said[-1:]))["logits"][0]
         return said
-
-
-def aligned(shape: tuple[int, ...], to: int = 64) -> np.ndarray:
-    """Zeros in f32 that begin where LiteRT wants them to."""
-    room = np.zeros(int(np.prod(shape)) + to, np.float32)
-    at = (-room.ctypes.data % to) // 4
-    return room[at : at + int(np.prod(shape))].reshape(shape)
 
 
 def lowered(part: Any, path: Path) -> Path:
