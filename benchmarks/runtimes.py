@@ -26,7 +26,7 @@ from common import Bar, arguments, compile_cache, finish
 from inference import KINDS, Decoder, Sizes, beside, close, keep, ratio, rounds, sizes, table, weights
 
 FASTER, NATIVE = 1 / 3, 1.0  # bars: 4 bits over f32 in LiteRT, and over llama.cpp's Q4_0
-LITE = {"float32": (), "int8": "int8", "int4": "int4"}
+LITE = ("float32", "int8", "int4", "int4/128", "int4/row")  # of 4 bits: inputs that share a scale, 32 if not said
 
 
 class Lite:
@@ -73,9 +73,11 @@ class LiteDecoder:
 
         cfg, self.room = size.model, room
         self.table = params["llm"]["embed"]
-        packed = quantize.quantize({"llm": params["llm"]}, quantize.RECIPES.get(kind, ()))
+        name, _, group = kind.partition("/")
+        recipe = quantize.decoder4(int(group) if group.isdigit() else None) if group else quantize.RECIPES.get(name, ())
+        packed = quantize.quantize({"llm": params["llm"]}, recipe)
         part = parts.decoder(cfg, packed, size.prompts[:1], room)
-        self.file = Lite(lowered(part, work / f"decoder-{kind}.tflite"), threads)
+        self.file = Lite(lowered(part, work / f"decoder-{kind.replace('/', '-')}.tflite"), threads)
         caches = {k: shape for k, (_, shape) in self.file.shapes["decode"][0].items() if k.startswith("kv_cache")}
         self.caches = {k: self.file.buffer("decode", "in", k) for k in caches}
         for name, shape in caches.items():
