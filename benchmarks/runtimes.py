@@ -152,6 +152,7 @@ def decoders(size: Sizes, params: dict, llamacpp: Any, threads: int, work: Path)
 def encoders(size: Sizes, params: dict, peers: Any, threads: int, work: Path) -> dict[str, Any]:
     """One tile through Base, to patch features."""
     import jax
+    import jax.numpy as jnp
 
     from hypervl_jax import quantize
     from hypervl_jax.export import parts
@@ -160,7 +161,7 @@ def encoders(size: Sizes, params: dict, peers: Any, threads: int, work: Path) ->
 
     cfg, policy = size.model, size.model.policy
     tile = np.random.default_rng(0).random((1, policy.tile, policy.tile, 3), np.float32)
-    mask = np.ones((1, policy.patches_per_side**2), bool)
+    mask = jnp.ones((1, policy.patches_per_side**2), bool)
     here = keep({"base": params["base"]}, "float32")
     run = jax.jit(lambda p, t, m: hypervl.look(p, cfg, "base", t, m, block=vit.one_tile()))
     calls: dict[str, Callable[[], Any]] = {}
