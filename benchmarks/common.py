@@ -166,9 +166,23 @@ def machine() -> dict[str, Any]:
     kind = "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-").replace("/", "-")
     out = {"kind": kind, "devices": jax.device_count(), "system": f"{platform.system()} {platform.machine()}"}
     out["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if name := cpu():
+        out["cpu"] = name
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         out["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     return out
+
+
+def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model and the widest vectors it has, which speeds hang on; "" where Linux does not say."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return ""
+    said = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = said.get("flags", said.get("Features", "")).split()
+    widest = next((f for f in ("amx_int8", "avx512_vnni", "avx512f", "avx_vnni", "avx2", "asimddp") if f in flags), "")
+    return ", ".join(filter(None, (said.get("model name", ""), widest)))
 
 
 def commit() -> str:

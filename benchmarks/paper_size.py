@@ -7,8 +7,9 @@ and a thumbnail is asked about, each branch with and without VRC, from the files
 
 Two models in f32 have their seams compared at 1e-4: a decoder of 0.6B, and the 1.7B's with four layers.
 
-Models and files take 20 GB of disk under .cache/paper_size, and are removed; what was measured is kept there, and an
-interrupted run goes on. `--quick` takes two layers of everything.
+Models take 7 GB of disk under .cache/paper_size while they are exported. What was measured is kept there and an
+interrupted run goes on; the files in 4 and 8 bits, 3 GB, stay for `picture_size.py`. `--quick` takes two layers and a
+short vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hypervl_jax.export import bench, doctor, manifest, parts
 from hypervl_jax.export.runtime import ENCODER
 
 CACHE, LAYERS = 1536, 4
-QWEN3_0P6B = {"width": 1024, "depth": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "mlp": 3072}
+QWEN3_0P6B = {"width": 1024, "heads": 16, "kv_heads": 8, "head_dim": 128, "mlp": 3072}
 
 
 def make(folder: Path, cfg: ModelConfig) -> None:
@@ -74,51 +75,66 @@ def resident(pid: int) -> int:
     return own + sum(resident(int(c)) for c in children)
 
 
-def exported(work: Path, cfg: ModelConfig, *options: str) -> tuple[manifest.Manifest, dict]:
+def exported(files: Path, cfg: ModelConfig, *options: str) -> tuple[manifest.Manifest, dict]:
     """A model made and exported; its manifest, and what the export took."""
-    shutil.rmtree(work, ignore_errors=True)
-    make(work / "model", cfg)
+    model = files.with_name("model")
+    for old in (model, files):
+        shutil.rmtree(old, ignore_errors=True)
+    make(model, cfg)
     start = time.time()
     hypervl = [sys.executable, "-m", "hypervl_jax.cli"]
-    seconds, peak = watched([*hypervl, "export", str(work / "model"), "--out", str(work / "files"), *options])
-    shutil.rmtree(work / "model")
-    done, took = manifest.check(work / "files"), {}
+    seconds, peak = watched([*hypervl, "export", str(model), "--out", str(files), *options])
+    shutil.rmtree(model)
+    done, took = manifest.check(files), {}
     for p in done.parts:  # made one after another
-        end = (work / "files" / p.file.file).stat().st_mtime
+        end = (files / p.file.file).stat().st_mtime
         took[p.name], start = end - start, end
     how = {"seconds": seconds, "seconds_by_part": took, "peak_bytes": peak, "parity": done.parity}
     return done, how | {"bytes": {f.file: f.bytes for f in done.files}, "bits": done.bits}
 
 
-def full(work: Path, cfg: ModelConfig) -> dict:
+def full(files: Path, cfg: ModelConfig) -> dict:
     """The whole model in 4 and 8 bits, and what it answers."""
     stock = ("--bundle", "base") if doctor.opens() else ()
     options = ("--recipe", "w4a16", "--group", "128", "--cache", str(CACHE), *stock)
-    done, found = exported(work, cfg, *options)
-    files = work / "files"
-    Image.fromarray(parts.default_pictures(cfg, cache=CACHE)[-1]).save(work / "picture.png")
-    asked = bench.run(files, work / "picture.png", repeats=1)
+    done, found = exported(files, cfg, *options)
+    picture = files.with_name("picture.png")
+    Image.fromarray(parts.default_pictures(cfg, cache=CACHE)[-1]).save(picture)
+    asked = bench.run(files, picture, repeats=1)
     shapes = checkpoint.expected(cfg)
     projector = sum(np.prod(s) for p, s in shapes.items() if p.startswith("base.projector.") and p.endswith("weight"))
     found |= {"ways": asked["ways"], "entries": asked["entries"], "base_projector_bytes": int(projector)}
     return found | {"stock_runtime": bool(stock), "recipe": list(done.recipe)}
 
 
+def kept(quick: bool) -> Path:
+    """Where what this commit made lies; `files` in it are those of `full`."""
+    return HERE.parent / ".cache" / "paper_size" / (commit()[:12] + "-quick" * quick)
+
+
+def sizes(quick: bool) -> ModelConfig:
+    """The paper's model."""
+    cfg = presets.hypervl_1p7b().model
+    return shallow(cfg, 2, vocab=4096) if quick else cfg
+
+
+def shallow(cfg: ModelConfig, depth: int, **more: int) -> ModelConfig:
+    """With fewer layers in the decoder."""
+    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, depth=depth, **more))
+
+
 def main() -> int:
     args = arguments(__doc__)
-    cfg = presets.hypervl_1p7b().model
+    cfg, folder = sizes(args.quick), kept(args.quick)
     small = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, **QWEN3_0P6B))
-    if args.quick:
-        cfg, small = (_shallow(c, 2) for c in (cfg, small))
-    kept = HERE.parent / ".cache" / "paper_size" / (commit()[:12] + ("-quick" if args.quick else ""))
-    floats = {"0.6B": small, f"1.7B, {LAYERS} layers": _shallow(cfg, LAYERS)}
+    floats = {"0.6B": small, f"1.7B, {LAYERS} layers": shallow(cfg, min(LAYERS, cfg.llm.depth))}
     f32 = ("--branch", "base", "--cache", "704")
     metrics: dict = {"f32": {}}
     for name, c in floats.items():
-        path = kept / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        metrics["f32"][name] = once(path, lambda c=c: exported(kept / "work", c, *f32)[1])
-    metrics["w4a16"] = found = once(kept / "w4a16.json", lambda: full(kept / "work", cfg))
-    shutil.rmtree(kept / "work", ignore_errors=True)
+        path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        metrics["f32"][name] = once(path, lambda c=c: exported(folder / "f32", c, *f32)[1])
+        shutil.rmtree(folder / "f32", ignore_errors=True)
+    metrics["w4a16"] = found = once(folder / "w4a16.json", lambda: full(folder / "files", cfg))
 
     for name, f in metrics["f32"].items():
         print(f"{name} in f32: {f['seconds']:.0f} s, {f['peak_bytes'] / 2**30:.1f} GiB, largest seam error "
@@ -141,11 +157,7 @@ def main() -> int:
         Bar("paper_size.bundle_gb", whole / 1e9, 1.6, "<="),
         *(Bar(f"paper_size.seam {name}", max(f["parity"].values()), 1e-4, "<=") for name, f in metrics["f32"].items()),
     ]
-    return finish("paper_size", metrics, bars, args, seeds=[0])
-
-
-def _shallow(cfg: ModelConfig, depth: int) -> ModelConfig:
-    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, depth=min(depth, cfg.llm.depth)))
+    return finish("paper_size", metrics, bars[-len(floats) :] if args.quick else bars, args, seeds=[0])
 
 
 if __name__ == "__main__":

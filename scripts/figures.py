@@ -1,6 +1,6 @@
-"""Writes figures of README.md and docs/ from `benchmarks/results/`, between the markers that frame them, and a plot.
+"""Writes figures of README.md and docs/ from `benchmarks/results/`, between the markers that frame them, and the plots.
 
-    python scripts/figures.py            rewrite the pages and docs/tiling.svg
+    python scripts/figures.py            rewrite the pages and the plots docs/*.svg
     python scripts/figures.py --check    only say whether they are up to date (exit status 1 if not)
 
 Figures are never typed by hand: a test runs the check.
@@ -19,7 +19,7 @@ from hypervl_jax import charts
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PLOT = Path("docs") / "tiling.svg"
+PLOT, CURVES = Path("docs") / "tiling.svg", Path("docs") / "picture_size.svg"
 START, END = "<!-- figures: scripts/figures.py -->", "<!-- end of figures -->"
 Result = dict[str, Any]
 
@@ -255,6 +255,110 @@ def plans(r: Result) -> list[str]:
     return [*rows, "", *prose(said, f"`python benchmarks/plans.py`, libtpu {r['versions'].get('libtpu', 'unknown')}.")]
 
 
+def runtimes(r: Result) -> list[str]:
+    """A row a runtime, in time of LiteRT's f32: a token, a prompt, a tile."""
+    m = r["metrics"]
+    columns = [m["decode"], m["prefill"], m["encoder"]["encode"]]
+    names = [n for n in LITE if any(n in c for c in columns)]
+    said = prose(
+        "**Runtimes** on the same weights, in time of LiteRT's f32 in the same run: a token behind 512,",
+        f"a prompt of 512, a tile of Base ({where(r)}). MB are those of the decoder's weights.",
+    )
+    rows = ["| | MB | token | prompt | tile |", "|---|---|---|---|---|"]
+    for name in names:
+        size = f"{m['bytes'][name] / 1e6:,.0f}" if name in m["bytes"] else "-"
+        times = (f"{c[name]['over_first']:.2f}" if name in c else "-" for c in columns)
+        rows.append(cells((LITE[name], size, *times)))
+    return [*said, "", *rows]
+
+
+LITE = {
+    "litert float32": "LiteRT, f32",
+    "litert int8": "LiteRT, 8 bits",
+    "litert int4": "LiteRT, 4 bits, groups of 32",
+    "litert int4/128": "LiteRT, 4 bits, groups of 128",
+    "litert int4/row": "LiteRT, 4 bits, a scale a row",
+    "jax float32": "JAX, f32",
+    "jax int8": "JAX, 8 bits",
+    "jax int4": "JAX, 4 bits, groups of 32",
+    "onnxruntime float32": "ONNX Runtime, f32",
+    "llama.cpp float32": "llama.cpp, f32",
+    "llama.cpp q8_0": "llama.cpp, Q8_0",
+    "llama.cpp q4_0": "llama.cpp, Q4_0",
+}
+
+
+def paper_size(r: Result) -> list[str]:
+    """What the paper's geometry weighs, what its export takes, and what one picture costs."""
+    m = r["metrics"]
+    whole = m["w4a16"]
+    layers = f"{whole['bits']['layers']:.2f} bits a weight"
+    seams = "; ".join(f"{name} {max(f['parity'].values()):.0e}" for name, f in m["f32"].items())
+    said = prose(
+        f"**The paper's size**, random weights: 1.7B exported in {whole['seconds'] / 60:.0f} minutes within",
+        f"{whole['peak_bytes'] / 2**30:.1f} GiB of memory; {layers} of the decoder's layers.",
+        f"Largest relative error at any seam in f32: {seams} ({where(r)}).",
+    )
+    files = ["| file | MB |", "|---|---|"]
+    files += [f"| `{f}` | {n / 1e6:,.1f} |" for f, n in whole["bytes"].items() if n > 1e6]
+    heads = ("one picture", "tiles", "prompt", "VRC", "encode", "prefill", "a token", "peak memory")
+    ways = [cells(heads), "|---" * len(heads) + "|"]
+    for w in whole["ways"]:
+        s, name = w["seconds"], w["branch"] + (" + VRC" if w["vrc"] else "")
+        each = (s["vrc"], s["encode"] + s["project"], s["prefill"], s["decode"] / max(w["answer"], 1))
+        row = (name, w["tiles"], w["prompt"], *(f"{t:.2f} s" for t in each), f"{w['peak_bytes'] / 2**30:.2f} GiB")
+        ways.append(cells(row))
+    return [*said, "", *files, "", *ways]
+
+
+SAVED = {
+    "a base": "(a) whole / tiles, Base, f32",
+    "a large": "(a) whole / tiles, Large, f32",
+    "b f32": "(b) whole Large / tiles of Base, f32",
+    "b int8": "(b) the same, tiles of Base in 8 bits",
+    "c": "(c) the same behind VRC",
+    "d": "(d) to the first token, as (c)",
+}
+
+
+def picture_size(r: Result) -> list[str]:
+    """A row a ratio, a column a side: times as fast, and times less memory."""
+    rows = r["metrics"]["rows"]
+    said = prose(
+        "**Large pictures** at the paper's geometry: how many times the time and the peak memory of a whole picture",
+        f"are those of what this library does with it, over its side in pixels ({where(r)}). A tile is",
+        f"{r['metrics']['tile']} px wide. In italics: computed, not run. The paper reports 12.9 times the speed and",
+        "6.8 times less memory than a baseline that it does not describe.",
+    )
+    heads = [f"{row['side']:,}" if row["ran"] else f"*{row['side']:,}*" for row in rows]
+    out = [cells(("time; memory", *heads)), "|---" * (len(heads) + 1) + "|"]
+    for key, name in SAVED.items():
+        pairs = ((row["ran"], row["ratios"][key]) for row in rows)
+        figures = ((ran, f"{x['seconds']:.1f}; {x['bytes']:.1f}") for ran, x in pairs)
+        out.append(cells((name, *(f if ran else f"*{f}*" for ran, f in figures))))
+    plotted = f"![how many times the time and the memory a whole picture takes, over its side]({CURVES.name})"
+    return [*said, "", *out, "", plotted, "", "Solid: run; dashed: computed."]
+
+
+def curves(r: Result) -> str:
+    """The ratios of `picture_size` over the side: lines of what ran, dashed from there on."""
+    rows, panels = r["metrics"]["rows"], []
+    ran = [row for row in rows if row["ran"]]
+    shown = {k: v for k, v in SAVED.items() if k != "b f32"}
+    for key, title in (("seconds", "times the time"), ("bytes", "times the memory")):
+        series = [
+            charts.Series(k, [(row["side"], row["ratios"][k][key]) for row in part], f"{k.replace(' ', '-')}{dashed}")
+            for k in shown
+            for part, dashed in ((ran, ""), (rows[len(ran) - 1 :], " run"))
+        ]
+        panels.append((title, charts.lines(series, "side of a square picture, pixels", title, dots=True)))
+    return charts.page(panels, {k.replace(" ", "-"): k for k in shown})
+
+
+def cells(row: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, row)) + " |"
+
+
 PAGES: dict[str, dict[str, Callable[[Result], list[str]]]] = {
     "README.md": {
         "nano": nano,
@@ -267,6 +371,7 @@ PAGES: dict[str, dict[str, Callable[[Result], list[str]]]] = {
         "quickstart": quickstart,
     },
     "docs/training.md": {"plans": plans},
+    "docs/export.md": {"paper_size": paper_size, "picture_size": picture_size, "runtimes": runtimes},
 }
 
 
@@ -286,8 +391,10 @@ def files() -> dict[Path, str]:
     for page in PAGES:
         head, rest = (ROOT / page).read_text().split(START)
         out[ROOT / page] = head + figures(page) + rest.split(END)[1]
-    plotted = json.loads((RESULTS / "tiling_memory-cpu.json").read_text())
-    return out | {ROOT / PLOT: plot(plotted)}
+    for path, name, draw in ((PLOT, "tiling_memory", plot), (CURVES, "picture_size", curves)):
+        if (found := RESULTS / f"{name}-cpu.json").exists():
+            out[ROOT / path] = draw(json.loads(found.read_text()))
+    return out
 
 
 def main(argv: list[str]) -> int:

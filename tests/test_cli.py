@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hypervl_jax import cli, config, needs, presets
+from hypervl_jax import checkpoint, cli, config, needs, presets
 
 FAULTS = """
 import resource, sys
@@ -645,10 +645,10 @@ def test_export_refuses_what_it_cannot_round_by(more, says, tiny_folder, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["config.py"]
 
 
-def test_a_model_that_does_not_know_its_data_asks_for_samples(tiny_model, tmp_path, monkeypatch, fails):
+def test_a_model_that_does_not_know_its_data_asks_for_samples(tiny_model, tmp_path, fails):
     pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
-    monkeypatch.setattr(needs, "load", lambda name: tiny_model._replace(info={}))
-    said = fails("export", "m", "--out", tmp_path / "out", "--recipe", "w4a16", "--calibrate", "2")
+    checkpoint.save_model(tmp_path / "m", tiny_model.config, tiny_model.params, tiny_model.tokenizer)
+    said = fails("export", tmp_path / "m", "--out", tmp_path / "out", "--recipe", "w4a16", "--calibrate", "2")
     assert "does not say what it was trained on: give samples as --data FOLDER" in said
 
 

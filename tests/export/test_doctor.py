@@ -25,7 +25,7 @@ def template(tiny_model, tmp_path_factory):
         pack.pack(folder / f"{name}.tflite", quantize.matrices(part.params))
     tiny_model.tokenizer.save(folder / "tokenizer.json")
     files = {name: f"{name}.tflite" for name in made}
-    more = {"recipe": tuple(map(str, recipe)), "bits": parts._bits(made)}
+    more = {"recipe": tuple(map(str, recipe)), "bits": parts.bits(made)}
     manifest.write(folder, manifest.describe(folder, tiny_model.config, files, "tokenizer.json", {}, **more))
     return folder
 

@@ -120,8 +120,8 @@ def test_what_is_not_a_number_in_one_tile_or_cache_or_step_reaches_its_seam(expo
     monkeypatch.setattr(verify, "_led", lambda model, state, *rest: state)
     files, pixels, x = Broken(exported), np.zeros((32, 64, 3), np.uint8), np.zeros((1, 3, 48), np.float32)
     assert np.isnan(verify._encoder(tiny_model, files, pixels, "base")[0])
-    assert np.isnan(verify._prefills(tiny_model, files, x)["prefill_4"])
-    assert np.isnan(verify._answers(tiny_model, files, pixels, "base", x)[0])
+    assert np.isnan(verify._prefills(tiny_model, files, x, 4)["prefill_4"])
+    assert np.isnan(verify._answers(tiny_model, files, pixels, "base", x, 4)[0])
 
 
 def test_a_failed_export_leaves_nothing(tiny_model, tiny_screens, exported, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_default_lengths_hold_the_largest_prompt(name, tiny_tokenizer):
 def test_at_paper_size_lengths_are_cut_and_pictures_fit_the_cache(cache, tiny_tokenizer):
     cfg = presets.hypervl_1p7b().model
     lengths, room = parts.lengths(cfg, tiny_tokenizer)
-    assert (lengths, room) == ((352, 704, 1024), 9760)
+    assert (lengths, room) == ((352, 704, 1024), 9664)
     plans = [plan.make(p.shape[:2], 1.0, cfg.policy) for p in parts.default_pictures(cfg, cache=cache)]
     assert plans[0].n_tiles == 1
     assert [p.n_tiles for p in plans][-1] == {400: 1, 1536: 5, 9728: 10}[cache]
