@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypervl_jax import checkpoint, tensors, train
+from hypervl_jax import checkpoint, presets, tensors, train
 from hypervl_jax.compress import LabelSet
 from hypervl_jax.config import BRANCHES, VrcTrainConfig
 from hypervl_jax.data.screens import Question, Screen, Thing
@@ -442,3 +442,63 @@ def test_every_way_is_another(load, tiny_model):
     assert [m[down].bits for m in (eight, nearest, gptq)] == [8, 4, 4]
     assert not np.array_equal(nearest[down].q, gptq[down].q)
     assert np.array_equal(nearest["llm.embed"].q, gptq["llm.embed"].q)
+
+
+# --- paper_size, picture_size ----------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_command_is_that_of_its_children_too(load):
+    """Two processes at once, 60 and 80 MB of zeros written."""
+    hold = "import time; x = bytearray({} * 2**20); time.sleep(1.5)"
+    child = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold.format(80)!r}]);"
+    seconds, peak = load("paper_size").watched([sys.executable, "-c", f"{child} {hold.format(60)}; p.wait()"])
+    assert 140 * 2**20 < peak < 240 * 2**20
+    assert 1.5 < seconds < 30
+
+
+def test_a_command_that_fails_ends_the_benchmark(load):
+    with pytest.raises(SystemExit, match="3"):
+        load("paper_size").watched([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_random_weights_of_no_layer_are_those_of_another(load, tiny_config, tmp_path):
+    load("paper_size").make(tmp_path / "model", tiny_config.model)
+    model = checkpoint.load_model(tmp_path / "model")
+    assert checkpoint.expected(model.config) == checkpoint.expected(tiny_config.model)
+    for leaf in jax.tree.leaves(model.params["llm"]["blocks"]["layers"]):
+        assert not np.array_equal(leaf[0], leaf[1])
+
+
+def test_a_fit_has_no_negative_terms(load):
+    fitted, x = load("picture_size").fitted, [1.0, 2, 3, 4]
+    assert fitted(x, [3 * a + 2 * a**2 for a in x], (1, 2))(10) == pytest.approx(230)
+    bent = fitted(x, [7 * a - 0.5 * a**2 for a in x], (1, 2))  # a line is the nearest without the square
+    assert 0 < bent(10) == pytest.approx(10 * bent(1))
+
+
+def test_sizes_that_did_not_run_are_computed(load):
+    """Costs that follow the model of the computation are continued exactly."""
+    size = load("picture_size")
+    cfg = presets.hypervl_1p7b().model
+    cache = 2 * 4 * cfg.llm.depth * cfg.llm.kv_heads * cfg.llm.head_dim
+    factors, sides = {"base": 1.0, "large": 3.0}, (256, 512, 768, 1024)
+
+    def costs(side):
+        p = side * side
+        whole = {b: {"seconds": f * (p + p * p / 1e6), "bytes": f * (1e9 + 10 * p + p * p)} for b, f in factors.items()}
+        out = {f"whole {b} f32": cost for b, cost in whole.items()}
+        n, fewer = (size._tiles(cfg.policy, side, share) for share in (1.0, size.SHARE))
+        tiles = [f"tiles {b} {kind}" for b in BRANCHES for kind in ("f32", "int8")]
+        out |= {way: {"seconds": float(n), "bytes": 5e8} for way in tiles}
+        out["VRC, tiles base int8"] = {"seconds": float(fewer), "bytes": 6e8}
+        for i, way in enumerate(("whole large f32", "VRC, tiles base int8")):
+            text = 0.1 * prompts[side][i]
+            first = {"seconds": out[way]["seconds"] + text, "decoder": text}
+            out[f"first token, {way}"] = first | {"bytes": out[way]["bytes"] + cache * prompts[side][i]}
+        return out
+
+    prompts = {side: (side * side // 1024 + 30, side * side // 1024 + 290) for side in (*sides, 2048)}
+    got, want = size.computed(cfg, {s: costs(s) for s in sides}, prompts, 2048), costs(2048)
+    for way in want:
+        assert got[way] == pytest.approx(want[way], rel=1e-6), way
+    assert size.ratios(got).keys() == size.RATIOS.keys()
