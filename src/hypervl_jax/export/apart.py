@@ -27,7 +27,7 @@ from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import Runtime
 from hypervl_jax.quantize import Recipe
 
-LARGE = 4 << 30  # bytes of weights in f32 above which `hypervl export` goes this way
+LARGE = 2 << 30  # bytes of weights in f32 above which `hypervl export` goes this way
 
 
 def is_large(name: str | Path) -> bool:
