@@ -8,7 +8,7 @@ Three parts, all on the very integers that a file holds:
     files        the headline's files in their runtime, which rounds rows to 8 bits as it goes, on the same screens
 
 `--quick` takes 6 screens of each split, which say nothing about points, and leaves the files out. Times are not
-measured, so it may share a machine.
+measured, so it may share a machine. What is done is kept under .cache/quantize, and an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from common import Bar, arguments, compile_cache, finish, load_model, model_options, paired
+from common import HERE, Bar, arguments, commit, compile_cache, finish, load_model, model_options, once, paired
 from tqdm import tqdm
 
 from hypervl_jax import calibrate, evaluate, judge, quantize
@@ -31,7 +32,6 @@ from hypervl_jax.checkpoint import Model
 from hypervl_jax.data.screens import Screen
 from hypervl_jax.evaluate import Answer
 from hypervl_jax.export import parts
-from hypervl_jax.export.manifest import Manifest
 from hypervl_jax.export.runtime import Runtime
 
 POINTS = 0.5  # that a task may lose (the paper: DocVQA 91.3 -> 91.2)
@@ -82,33 +82,42 @@ def same(a: Sequence[Answer], b: Sequence[Answer]) -> float:
 
 
 def methods(
-    model: Model, branch: Any, screens: Sequence[Screen], some: dict[str, Way], grams: Sequence[Grams]
+    model: Model, branch: Any, screens: Sequence[Screen], some: dict[str, Way], grams: Sequence[Grams], kept: Path
 ) -> dict[str, dict]:
     """For each way: bits, points lost, drift. Weights are the floats that integers stand for: one program for all."""
-    before, out = evaluate.run(model, branch, screens, progress="f32"), {}
-    for name, way in some.items():
-        params = way.params(model, grams)
+
+    def of(name: str) -> dict:
+        params = some[name].params(model, grams)
         floats = jax.device_put(quantize.restored(params))
         after = evaluate.run(model._replace(params=floats), branch, screens, progress=name)
         kl, _, tokens = evaluate.drift(model, floats, branch, screens).sum(0)
-        out[name] = {
+        return {
             "bits": quantize.bits_per_weight(params["llm"]["blocks"]), "bytes": quantize.nbytes(params),
             "lost": lost(before, after), "same_as_f32": same(before, after), "drift": float(kl / tokens),
         }  # fmt: skip
-    return out
+
+    before = answers(kept / "f32.json", lambda: evaluate.run(model, branch, screens, progress="f32"))
+    return {name: once(kept / f"{name.replace(' ', '-')}.json", partial(of, name)) for name in some}
+
+
+def answers(path: Path, make: Callable[[], Sequence[Answer]]) -> list[Answer]:
+    """`once` of answers."""
+    return [Answer(*a) for a in once(path, make)]
 
 
 def activations(
-    model: Model, branch: Any, screens: Sequence[Screen], params: dict, kinds: Sequence[str]
+    model: Model, branch: Any, screens: Sequence[Screen], params: dict, kinds: Sequence[str], kept: Path
 ) -> tuple[list[Answer], dict[str, list[Answer]]]:
     """(answers of the model in f32, {kind: answers}). In bf16 the weights are the integers themselves: what they stand
     for is no number of bf16."""
-    said = {}
-    for kind in kinds:
-        kept = params if kind == "bf16" else quantize.restored(params)
-        narrow = jax.device_put(quantize.with_activations(kept, kind))
-        said[kind] = evaluate.run(model._replace(params=narrow), branch, screens, progress=f"activations {kind}")
-    return evaluate.run(model, branch, screens, progress="f32"), said
+
+    def of(kind: str) -> list[Answer]:
+        stored = params if kind == "bf16" else quantize.restored(params)
+        narrow = jax.device_put(quantize.with_activations(stored, kind))
+        return evaluate.run(model._replace(params=narrow), branch, screens, progress=f"activations {kind}")
+
+    before = answers(kept / "all-f32.json", lambda: evaluate.run(model, branch, screens, progress="f32"))
+    return before, {kind: answers(kept / f"all-activations-{kind}.json", partial(of, kind)) for kind in kinds}
 
 
 def from_files(files: Runtime, screens: Sequence[Screen], branch: Any) -> list[Answer]:
@@ -123,12 +132,13 @@ def from_files(files: Runtime, screens: Sequence[Screen], branch: Any) -> list[A
 
 def exported(
     model: Model, branch: Any, screens: Sequence[Screen], way: Way, samples: Sequence[Sample]
-) -> tuple[Manifest, list[Answer]]:
-    """The files of a way, and what they answer."""
+) -> tuple[dict, list[Answer]]:
+    """About the files of a way, and what they answer."""
     with tempfile.TemporaryDirectory() as folder:
         where, chosen = Path(folder) / "files", samples if way.calibrated else ()
         made = parts.export(model, where, recipe=way.recipe, samples=chosen, branches=(branch,))
-        return made, from_files(Runtime(where), screens, branch)
+        about = {"parity": made.parity, "lowered": made.lowered, "bytes": {p.name: p.file.bytes for p in made.parts}}
+        return about, from_files(Runtime(where), screens, branch)
 
 
 def options(parser: ArgumentParser) -> None:
@@ -157,18 +167,21 @@ def main() -> int:
     some = ways((GROUP,) if args.quick else (32, 64, 128, None))
     samples = calibrate.from_screens(model, 16 if args.quick else SAMPLES)
     grams = list(calibrate.grams(model, samples, (args.branch,)))
-    found = methods(model, args.branch, of_each(table), some, grams)
+    kept = HERE.parent / ".cache" / "quantize" / f"{commit()[:12]}-{Path(where).name}-{args.branch}-{few}-{table}"
+    found = methods(model, args.branch, of_each(table), some, grams, kept)
     print(f"points lost to f32 with the paired 95 % interval; {args.branch}, {len(of_each(table))} screens")
     for name, f in found.items():
         told(name, f["lost"], f"{f['bits']:.2f} bits, drift {f['drift']:.4f}")
-    before, said = activations(model, args.branch, of_each(few), some[HEADLINE].params(model, grams), KINDS)
+    before, said = activations(model, args.branch, of_each(few), some[HEADLINE].params(model, grams), KINDS, kept)
     metrics: dict[str, Any] = {
         "model": where, "branch": args.branch, "headline": HEADLINE, "samples": len(samples),
         "screens": {"methods": len(of_each(table)), "activations": len(of_each(few))}, "methods": found,
     }  # fmt: skip
     if not args.quick:
-        made, said["files"] = exported(model, args.branch, of_each(few), some[HEADLINE], samples)
-        metrics |= {"parity": made.parity, "lowered": made.lowered, "bytes": {p.name: p.file.bytes for p in made.parts}}
+        about, of_files = once(
+            kept / "files.json", lambda: exported(model, args.branch, of_each(few), some[HEADLINE], samples)
+        )
+        said["files"], metrics = [Answer(*a) for a in of_files], metrics | about
     acts = {k: {"lost": lost(before, after), "same_as_f32": same(before, after)} for k, after in said.items()}
     print(f"{HEADLINE} with activations in f32 and 16 bits, and its files; {len(of_each(few))} screens")
     for kind, f in acts.items():
