@@ -26,7 +26,7 @@ def export(
     portable: bool = False,
 ) -> None:
     """Write a model as verified .tflite files with a manifest; nothing is left if a part does not match JAX. A model of
-    more than a billion weights is made a part at a time, each in a process of its own.
+    more than half a billion weights is made a part at a time, each in a process of its own.
 
     For example:
 
@@ -110,6 +110,8 @@ def verify(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, model:
         folder: what hypervl export wrote.
         model: the model it was made from; if not given, where it was then.
     """
+    from tqdm import tqdm
+
     from hypervl_jax.export import bundle, lower, manifest, parts
     from hypervl_jax.export import doctor as examine
 
@@ -118,7 +120,8 @@ def verify(folder: Annotated[Positional[Path], arg(metavar="FOLDER")], /, model:
     if not (model or made.source):
         raise needs.UsageError(f"{folder}: does not say what it was made from; give --model")
     loaded = needs.load(model or made.source)
-    seams = parts.prove(loaded, folder)
+    with tqdm(desc="verify", bar_format="{desc}{postfix} [{elapsed}]") as bar:
+        seams = parts.prove(loaded, folder, say=bar.set_postfix_str)
     for seam in seams:
         print(f"{seam.name}: {seam.error:.1e} from JAX, {seam.limit:g} is allowed")
     if wrong := [str(seam) for seam in seams if not seam.ok]:

@@ -74,7 +74,7 @@ def export(
             bar.set_postfix_str(part)
             _in_a_process(path, work / parts.file_of(part), part, rules, prefill, cache)
             bar.update()
-        bar.set_postfix_str("verify")
+        bar.set_postfix_str("verify integers")
         head.tokenizer.save(work / TOKENIZER)
         model = narrow(head, path, recipe, branches)
         made = parts.make(model.config, model.params, branches, prefill, cache)
@@ -83,7 +83,8 @@ def export(
         more = {"model": model, "branches": branches, "source": source, "recipe": rules, "bits": parts.bits(made)}
         del made
         manifest.write(work, parts.described(work, **more))
-        seams = verify.seams(model, Runtime(work), pictures)
+        files = Runtime(work, os.cpu_count())
+        seams = verify.seams(model, files, pictures, lambda seam: bar.set_postfix_str(f"verify {seam}"))
         parts.refuse(out, seams)
         done = parts.described(work, seams, **more)
         manifest.write(work, done)

@@ -273,8 +273,7 @@ def export(
     about = partial(described, model=model, branches=branches, source=source)
 
     def proved(work: Path, params: dict) -> list[Seam]:
-        bar.set_postfix_str("verify")
-        seams = prove(model, work, pictures, params)
+        seams = prove(model, work, pictures, params, lambda seam: bar.set_postfix_str(f"verify {seam}"))
         refuse(out, seams)
         bar.update()
         return seams
@@ -307,18 +306,25 @@ def export(
 
 
 def prove(
-    model: Model, directory: str | Path, pictures: Sequence[np.ndarray] | None = None, params: dict | None = None
+    model: Model,
+    directory: str | Path,
+    pictures: Sequence[np.ndarray] | None = None,
+    params: dict | None = None,
+    say: Callable[[str], object] = lambda seam: None,
 ) -> list[Seam]:
     """The proof of an exported folder, again: integers bit by bit, then every seam on `pictures` (composed screens if
     None). The integers are those of `params`, or follow from model and recipe; of 4 bits that samples chose it is
-    proved that they are of this model and as the recipe says. Raises `ManifestError` for a folder that is not whole,
-    `ExportError` for one of another model."""
+    proved that they are of this model and as the recipe says. `say` is told what is compared next.
+
+    Raises `ManifestError` for a folder that is not whole, `ExportError` for one of another model.
+    """
     files = Runtime(directory)
+    say("integers")
     params = held(model, files) if params is None else params
     for name, part in make(model.config, params, files.branches, files.buckets, files.cache_length).items():
         pack.compare(files.directory / files.manifest.part(name).file.file, quantize.matrices(part.params))
     pictures = default_pictures(model.config, cache=files.cache_length) if pictures is None else pictures
-    return verify.seams(model._replace(params=params), files, pictures)
+    return verify.seams(model._replace(params=params), files, pictures, say)
 
 
 def held(model: Model, files: Runtime) -> dict:

@@ -12,7 +12,7 @@ Axes: N tiles, M tokens a tile, L prompt, S cache length, D decoder width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,8 +64,10 @@ def _worst(*errors: float) -> float:
     return float(np.max(errors))
 
 
-def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> list[Seam]:
-    """Every seam of every branch on all pictures (u8[H W 3])."""
+def seams(
+    model: Model, runtime: Runtime, pictures: Sequence[np.ndarray], say: Callable[[str], object] = lambda seam: None
+) -> list[Seam]:
+    """Every seam of every branch on all pictures (u8[H W 3]). `say` is told what is compared next."""
     if not pictures:
         raise ExportError("an export is verified on at least one picture; none was given")
     model = model._replace(params=jax.device_put(model.params))  # once
@@ -75,20 +77,25 @@ def seams(model: Model, runtime: Runtime, pictures: Sequence[np.ndarray]) -> lis
         def note(name: str, error: float) -> None:
             worst[name] = _worst(worst.get(name, 0.0), error)
 
+        say("vrc")
         for pixels in pictures:
             note("vrc", _vrc(model, runtime, pixels))
         x: dict[tuple[Branch, int], np.ndarray] = {}
         for branch in runtime.branches:
             for i, pixels in enumerate(pictures):
+                say(f"{ENCODER}{branch} {i + 1}/{len(pictures)}")
                 error, features, p = _encoder(model, runtime, pixels, branch)
                 note(ENCODER + branch, error)
                 x[branch, i] = _prompt(model, runtime, p, features)
+        say("embedder")
         note("embedder", _embedder(model, runtime))
         everything = np.concatenate(list(x.values()), axis=1)
         length = max(*runtime.buckets, *(row.shape[1] for row in x.values()))  # one for all: JAX compiles it once
+        say(PREFILL.rstrip("_"))
         for name, error in _prefills(model, runtime, everything, length).items():
             note(name, error)
         for (branch, i), row in x.items():
+            say(f"answers {branch} {i + 1}/{len(pictures)}")
             decode, answers = _answers(model, runtime, pictures[i], branch, row, length)
             note("decode", decode)
             note("answers", answers)
