@@ -26,7 +26,7 @@ import numpy as np
 from common import HERE, Bar, arguments, commit, compile_cache, finish, load_model, model_options, once, paired
 from tqdm import tqdm
 
-from hypervl_jax import calibrate, evaluate, judge, quantize
+from hypervl_jax import awq, calibrate, evaluate, judge, quantize
 from hypervl_jax.calibrate import Grams, Sample
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.data.screens import Screen
@@ -41,24 +41,29 @@ GROUP = 32  # of the headline
 KINDS = ("f32", "bf16", "int16")
 
 
+METHODS = ("nearest", "awq", "gptq", "awq+gptq")
+
+
 class Way(NamedTuple):
     """How matrices are kept."""
 
     recipe: quantize.Recipe
-    calibrated: bool = False
+    method: str = "nearest"
 
     def params(self, model: Model, grams: Sequence[Grams]) -> dict:
-        if self.calibrated:
-            return calibrate.calibrated(model.params, self.recipe, grams)
-        return quantize.quantize(model.params, self.recipe)
+        params = model.params
+        if "awq" in self.method:
+            params, grams = awq.scaled(params, self.recipe, grams)
+        if "gptq" in self.method:
+            return calibrate.calibrated(params, self.recipe, grams)
+        return quantize.quantize(params, self.recipe)
 
 
 def ways(groups: Sequence[int | None]) -> dict[str, Way]:
-    """8 bits, and for each size of groups (None: a row) the nearest integers and those of GPTQ."""
+    """8 bits, and 4 for each size of groups (None: a row) by each of METHODS."""
     out = {"int8": Way(quantize.RECIPES["int8"])}
     for group in groups:
-        for method in ("nearest", "gptq"):
-            out[f"{group or 'row'} {method}"] = Way(quantize.decoder4(group), method == "gptq")
+        out |= {f"{group or 'row'} {method}": Way(quantize.decoder4(group), method) for method in METHODS}
     return out
 
 
@@ -135,7 +140,7 @@ def exported(
 ) -> tuple[dict, list[Answer]]:
     """About the files of a way, and what they answer."""
     with tempfile.TemporaryDirectory() as folder:
-        where, chosen = Path(folder) / "files", samples if way.calibrated else ()
+        where, chosen = Path(folder) / "files", samples if way.method == "gptq" else ()
         made = parts.export(model, where, recipe=way.recipe, samples=chosen, branches=(branch,))
         about = {"parity": made.parity, "lowered": made.lowered, "bytes": {p.name: p.file.bytes for p in made.parts}}
         return about, from_files(Runtime(where), screens, branch)

@@ -2,6 +2,7 @@
 decoder runs, beside llama.cpp where that is installed."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from argparse import ArgumentParser
@@ -429,19 +430,20 @@ def test_points_lost_are_paired_and_a_task_each(load):
 
 
 def test_every_way_is_another(load, tiny_model):
-    """8 bits, then 4 by either method: the same matrices in the same kinds, other integers."""
+    """8 bits, then 4 by each method: the same matrices in the same kinds, other integers."""
     from hypervl_jax import calibrate, quantize
 
     of = load("quantize")
     some = of.ways((None,))
-    assert list(some) == ["int8", "row nearest", "row gptq"]
+    assert list(some) == ["int8", "row nearest", "row awq", "row gptq", "row awq+gptq"]
     assert of.HEADLINE in of.ways((32,))
     grams = list(calibrate.grams(tiny_model, calibrate.from_screens(tiny_model, 2), ("base",), progress=False))
-    eight, nearest, gptq = (quantize.matrices(way.params(tiny_model, grams)) for way in some.values())
+    kept = [quantize.matrices(way.params(tiny_model, grams)) for way in some.values()]
     down = "llm.blocks.layers.down.weight"
-    assert [m[down].bits for m in (eight, nearest, gptq)] == [8, 4, 4]
-    assert not np.array_equal(nearest[down].q, gptq[down].q)
-    assert np.array_equal(nearest["llm.embed"].q, gptq["llm.embed"].q)
+    assert [m[down].bits for m in kept] == [8, 4, 4, 4, 4]
+    for a, b in itertools.combinations(kept[1:], 2):
+        assert not np.array_equal(a[down].q, b[down].q)
+        assert np.array_equal(a["llm.embed"].q, b["llm.embed"].q)
 
 
 # --- paper_size, picture_size ----------------------------------------------------------------------------------------
