@@ -14,8 +14,8 @@ runs, each way in a process of its own. Above that it is computed, and labelled 
 time (patches, and patches squared) and its memory (those and a constant) at the sizes that ran; tiles by their number,
 their memory as it was; the decoder by tokens, and by what its cache grows with them.
 
-The files in 8 and 4 bits are those that `paper_size.py` left, or are made as there (about half an hour). `--quick`
-takes a decoder of two layers and pictures of one tile and less.
+The files in 8 and 4 bits are those that `paper_size.py` left, or are made as there (about an hour). An interrupted run
+goes on at the size where it was. `--quick` takes a decoder of two layers and pictures of one tile and less.
 """
 
 from __future__ import annotations
@@ -145,29 +145,31 @@ def encoder(cfg: ModelConfig, branch: Branch, path: Path) -> tuple[Path, str]:
 
 
 def run(cfg: ModelConfig, files: Path, sides: Sequence[int], work: Path) -> dict[int, Found]:
-    """Every way at every size."""
-    m, tile, out = manifest.check(files), cfg.policy.tile, {}
+    """Every way at every size; those of which `files` has a figure beside it are not run again."""
+    m, tile = manifest.check(files), cfg.policy.tile
     images = {"images": (1, tile, tile, 3)}
     mask = {"mask": (1, cfg.policy.patches_per_side**2)}
     narrow = {b: (files / m.part(ENCODER + b).file.file, "vision", images | mask) for b in BRANCHES}
-    tiled = {b: (*alone(encoder, cfg, b, work / f"tile-{b}.tflite"), images) for b in BRANCHES}
+    tiled = functools.cache(lambda b: (*alone(encoder, cfg, b, work / f"tile-{b}.tflite"), images))
     proxy = {"proxy": (1, cfg.vrc.side, cfg.vrc.side, 3)}
-    vrc = alone(encode, files / m.part("vrc").file.file, "vrc", proxy, 1)
-    for side in tqdm(sides, "sides"):
+
+    def of(side: int) -> Found:
         n, shrunk = (plan.make((side, side), share, cfg.policy).n_tiles for share in (1.0, SHARE))
         found: Found = {}
         for b in BRANCHES:
-            found[f"tiles {b} f32"] = alone(encode, *tiled[b], n)
+            found[f"tiles {b} f32"] = alone(encode, *tiled(b), n)
             found[f"tiles {b} int8"] = alone(encode, *narrow[b], n)
             whole = alone(encoder, bench.as_one_tile(cfg, side), b, work / "whole.tflite")
             found[f"whole {b} f32"] = alone(encode, *whole, {"images": (1, side, side, 3)}, 1)
             if b == "large":
                 found["first token, whole large f32"] = alone(first_token, files, side, whole)
         fewer = alone(encode, *narrow["base"], shrunk)
+        vrc = alone(encode, files / m.part("vrc").file.file, "vrc", proxy, 1)
         found["VRC, tiles base int8"] = {k: fewer[k] + vrc[k] for k in fewer}
         found["first token, VRC, tiles base int8"] = alone(first_token, files, side, None)
-        out[side] = found
-    return out
+        return found
+
+    return {side: once(files.with_name(f"side-{side}.json"), lambda: of(side)) for side in tqdm(sides, "sides")}  # noqa: B023
 
 
 # --- computed --------------------------------------------------------------------------------------------------------

@@ -243,16 +243,17 @@ _Pair = tuple[int, int]
 
 def _native_pad(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
     """Its own size; over the cap, shrunk to the cap's area and on in 2 % steps until the grid fits."""
-
-    def grid_of(resized: _Pair) -> _Pair:
-        return -(-resized[0] // policy.tile), -(-resized[1] // policy.tile)
-
     resized = _shrunk(size, scale, policy.min_side)
     scale *= min(1.0, policy.tile * math.sqrt(policy.max_tiles / math.prod(resized)))
-    while math.prod(grid_of(resized)) > policy.max_tiles or max(grid_of(resized)) > MAX_GRID:
+    while math.prod(_covered(resized, policy)) > policy.max_tiles or max(_covered(resized, policy)) > MAX_GRID:
         resized = _shrunk(size, scale, min(policy.min_side, policy.tile))  # so that one tile can always be reached
         scale *= 0.98
-    return resized, grid_of(resized)
+    return resized, _covered(resized, policy)
+
+
+def _covered(size: _Pair, policy: PlanPolicy) -> _Pair:
+    """The grid of tiles that a size takes."""
+    return -(-size[0] // policy.tile), -(-size[1] // policy.tile)
 
 
 def _grid_match(size: _Pair, scale: float, policy: PlanPolicy) -> tuple[_Pair, _Pair]:
