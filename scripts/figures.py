@@ -338,10 +338,28 @@ def quantized(r: Result) -> list[str]:
     )
     group, _, method = m["headline"].partition(" ")
     below = prose(
-        f"Groups of {group}, {method}, on {screens['activations']:,} screens, with an interval of at most",
+        f"Groups of {group}, {capital(method)}, on {screens['activations']:,} screens, with an interval of at most",
         f"{widest(of):.1f} to either side:",
     )
     return [*said, "", *rows, "", *below, "", *acts]
+
+
+def capital(method: str) -> str:
+    return method if method == "nearest" else method.upper().replace("+", " + ")
+
+
+def narrow(r: Result) -> list[str]:
+    """The headline of `quantized`."""
+    m, acts = r["metrics"], r["metrics"]["activations"]
+    group, _, method = m["headline"].partition(" ")
+    worst = {k: max((x["mean"], task) for task, x in f["lost"].items()) for k, f in acts.items()}
+    names = {"files": "8 bits, as the files have them,"}
+    said = "; ".join(f"{names.get(k, k)} {lost:.2f} points ({task})" for k, (lost, task) in worst.items())
+    return prose(
+        f"**In 4 bits**, groups of {group}, {capital(method)}, {m['methods'][m['headline']]['bits']:.2f} bits a weight",
+        "of the decoder's layers, tables and encoders in 8: what the worst task loses to f32, by activations:",
+        f"{said}; on {m['screens']['activations']:,} held-out screens ({where(r)}).",
+    )
 
 
 def points(lost: Result, digits: int = 1) -> list[str]:
@@ -405,6 +423,7 @@ PAGES: dict[str, dict[str, Callable[[Result], list[str]]]] = {
     "README.md": {
         "nano": nano,
         "export": export,
+        "quantize": narrow,
         "inference": inference,
         "training": training,
         "tiling_memory": tiling,
