@@ -477,8 +477,8 @@ def growth(r: Result) -> list[str]:
     """A row a size: seconds and memory."""
     m = r["metrics"]
     said = prose(
-        f"**Cost over the size of the picture**, tiles of {m['tile']} pixels: seconds a megapixel of the plain path and",
-        f"of a step of the large and of the small picture, and the memory of it ({where(r)}).",
+        f"**Cost over the size of the picture**, tiles of {m['tile']} pixels: seconds a megapixel, the plain path and",
+        f"a step of the large and of the small picture by HCD, and the memory of it ({where(r)}).",
     )
     rows = [cells(("side", "plain, s/MP", "HCD, s/MP a step", "plain, MB", "HCD, MB")), "|---" * 5 + "|"]
     for row in m["sizes"]:
