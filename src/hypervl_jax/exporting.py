@@ -186,7 +186,7 @@ def bench(
         out: folder of both results.
         image: the picture that is asked about; if not given, noise of the largest plan.
         repeats: answers that are timed, of each way; the median counts.
-        threads: of the runtime; its own choice if not given.
+        threads: of the runtime; all cores, 8 at most, if not given.
         device: JSON with "name", "ram_gb" and, if known, "ops": warns of what may not fit, and of operators that leave
             the accelerator.
         phone: a log of launch/android_bench.sh, whose figures go into OUT/bench.json beside those of here.

@@ -83,8 +83,7 @@ def export(
         more = {"model": model, "branches": branches, "source": source, "recipe": rules, "bits": parts.bits(made)}
         del made
         manifest.write(work, parts.described(work, **more))
-        files = Runtime(work, os.cpu_count())
-        seams = verify.seams(model, files, pictures, lambda seam: bar.set_postfix_str(f"verify {seam}"))
+        seams = verify.seams(model, Runtime(work), pictures, lambda seam: bar.set_postfix_str(f"verify {seam}"))
         parts.refuse(out, seams)
         done = parts.described(work, seams, **more)
         manifest.write(work, done)

@@ -271,7 +271,8 @@ def host(threads: int | None) -> dict[str, Any]:
     """What kind of machine and which versions a figure comes from; no names, no addresses."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {p: metadata.version(p) for p in ("ai-edge-litert", "numpy")}
-    return {"system": f"{platform.system()} {platform.machine()}", "cores": cores, "threads": threads} | versions
+    machine = {"system": f"{platform.system()} {platform.machine()}", "cores": cores}
+    return machine | {"threads": threads or lower.cores()} | versions
 
 
 # --- a phone -----------------------------------------------------------------------------------------------------

@@ -327,8 +327,14 @@ def _needs_more(op: str) -> bool:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
+def cores() -> int:
+    """Cores that this process may use, 8 at most: a token has not work for more."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 class Runner:
-    """A loaded file. `runner(signature, inputs)` runs one entry point; loading happens once.
+    """A loaded file. `runner(signature, inputs)` runs one entry point; loading happens once. `threads` are `cores()` if
+    None: the runtime's own choice is one.
 
     Raises `ExportError` for a file that is not whole, a signature it lacks, and inputs that do not fit it.
     """
@@ -339,7 +345,7 @@ class Runner:
         interpreter = extra("ai_edge_litert.interpreter").Interpreter
         try:
             with without_chatter():
-                self._interpreter = interpreter(model_path=str(self.path), num_threads=threads)
+                self._interpreter = interpreter(model_path=str(self.path), num_threads=threads or cores())
                 self._runners = {name: self._interpreter.get_signature_runner(name) for name in self._expected}
             self._fresh = True  # weights are packed when it first runs
         except (RuntimeError, ValueError) as e:

@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
 
 class Runtime:
-    """An exported folder, ready to answer. A file is loaded when it is first needed, with `threads` (None: its choice).
+    """An exported folder, ready to answer. A file is loaded when it is first needed; `threads` as in `lower.Runner`.
 
     Raises `ManifestError` for a folder that is not whole or whose parts are not those of its model,
     `lower.ExportUnavailable` without the runtime.
