@@ -297,7 +297,7 @@ def paper_size(r: Result) -> list[str]:
     said = prose(
         f"**The paper's size**, random weights: 1.7B exported in {whole['seconds'] / 60:.0f} minutes within",
         f"{whole['peak_bytes'] / 2**30:.1f} GiB of memory; {layers} of the decoder's layers.",
-        f"Largest relative error at any seam in f32: {seams} ({where(r)}).",
+        f"Largest relative error at any seam in f32: {seams} ({where(r)}). VRC's ratio is chance where weights are.",
     )
     files = ["| file | MB |", "|---|---|"]
     files += [f"| `{f}` | {n / 1e6:,.1f} |" for f, n in whole["bytes"].items() if n > 1e6]

@@ -8,7 +8,7 @@ Axes: H W picture, L tokens, D decoder width, I inputs of a matrix.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -129,6 +129,17 @@ def narrow(layer: dict) -> dict[str, Quantized]:
     """The matrices of a decoder's layer that are in 4 bits."""
     leaves = {name: layer[name]["weight"] for name in INPUT}
     return {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Quantized) and leaf.bits == 4}
+
+
+def chooses(recipe: Recipe, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a recipe has a matrix of the decoder's layers in 4 bits; `shapes` are those of the model, by path."""
+    stacks = {name: shapes[f"llm.blocks.layers.{name}.weight"] for name in INPUT}
+    kinds = (
+        quantize.kind_of(f"llm.blocks.layers.{i}.{name}.weight", inputs, recipe)
+        for name, (depth, _, inputs) in stacks.items()
+        for i in range(depth)
+    )
+    return any(kind is not None and kind.bits == 4 for kind in kinds)
 
 
 def _row(model: Model, sample: Sample, branch: Branch, what: str) -> Row:

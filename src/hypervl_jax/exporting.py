@@ -53,7 +53,7 @@ def export(
         cache: tokens that pictures, question and answer may have together; if not given, room for the largest plan.
         portable: for servers: the same parts as portable StableHLO with safetensors beside them instead, in f32.
     """
-    from hypervl_jax import quantize
+    from hypervl_jax import checkpoint, quantize
     from hypervl_jax.export import apart, lower, parts
 
     if calibrate < 0 or (data is not None and not calibrate):
@@ -73,17 +73,14 @@ def export(
     lower.require()
     needs.check_model(model)
     options = {"recipe": how, "branches": branches, "source": model, "bundle": bundle, "cache": cache}
-    if apart.is_large(model):
-        if calibrate:
-            raise needs.UsageError(
-                f"{model}: too large for --calibrate, which holds a model several times; leave it out"
-            )
+    large = apart.is_large(model)
+    loaded = checkpoint.load_model(model, only=("vrc.",)) if large else needs.load(model)
+    options["samples"] = needs.samples(loaded, calibrate, data) if calibrate else ()
+    if large:
         needs.keep_compiled()
         made = apart.export(model, out, **options)
     else:
-        loaded = needs.load(model)
-        samples = needs.samples(loaded, calibrate, data) if calibrate else ()
-        made = parts.export(loaded, out, samples=samples, **options)
+        made = parts.export(loaded, out, **options)
     for name, error in made.parity.items():
         before = f", {made.lowered[name]:.1e} before rounding" if name in made.lowered else ""
         print(f"{name}: {error:.1e} from JAX{before}")

@@ -19,7 +19,7 @@ h head width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hypervl_jax import calibrate, plan, quantize, text
+from hypervl_jax import calibrate, checkpoint, plan, quantize, text
 from hypervl_jax.calibrate import Sample
 from hypervl_jax.checkpoint import TOKENIZER, Model, replacing
 from hypervl_jax.config import BRANCHES, Branch, ModelConfig, ScreensConfig
@@ -265,8 +265,7 @@ def export(
     pictures = default_pictures(model.config, cache=cache) if verify_images is None else verify_images
     params = quantize.quantize(model.params, recipe)
     if samples:
-        if not any(map(calibrate.narrow, calibrate.layers_of(params))):
-            raise ExportError("samples choose the decoder's 4 bits, and none of its matrices is in 4 bits")
+        check_narrow(recipe, checkpoint.expected(model.config))
         found = calibrate.grams(model, samples, branches, progress)
         params = calibrate.calibrated(model.params, recipe, found)
     parts = make(model.config, params, branches, prefill, cache)
@@ -354,6 +353,12 @@ def _chosen(model: Model, params: dict, path: Path) -> dict:
             layer[name] = {"weight": stored}
         each.append(layer)
     return calibrate.with_layers(params, each)
+
+
+def check_narrow(recipe: Recipe, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises `ExportError` for a recipe that leaves nothing for samples to choose; `shapes` are of the whole model."""
+    if not calibrate.chooses(recipe, shapes):
+        raise ExportError("samples choose the decoder's 4 bits, and none of its matrices is in 4 bits")
 
 
 def file_of(name: str) -> str:
