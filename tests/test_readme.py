@@ -95,7 +95,7 @@ def test_a_check_writes_nothing_and_says_what_is_stale(figures, tmp_path, monkey
         (tmp_path / page).write_text(f"a\n{figures.START}\nold\n{figures.END}\nb\n")
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     assert figures.main(["--check"]) == 1
-    names = " and ".join((*figures.PAGES, "docs/tiling.svg"))
+    names = " and ".join((*figures.PAGES, "docs/tiling.svg", "docs/picture_size.svg"))
     assert capsys.readouterr().out == f"{names}: stale, run python scripts/figures.py\n"
     assert not (tmp_path / "docs" / "tiling.svg").exists()
     assert figures.main([]) == figures.main(["--check"]) == 0
