@@ -32,6 +32,15 @@ def tiny_screens(tiny_config):
 
 
 @pytest.fixture(scope="session")
+def samples(tiny_screens):
+    from hypervl_jax.calibrate import Sample
+
+    said = {"role": "assistant", "content": "this"}
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    return [Sample([screen.image], [asked, said]) for screen in tiny_screens[:2]]
+
+
+@pytest.fixture(scope="session")
 def exported(tiny_model, tiny_screens, tmp_path_factory):
     """The exported folder. Nothing may write to it."""
     pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hypervl_jax import calibrate, checkpoint, cli, quantize
+from hypervl_jax import checkpoint, cli, config, quantize
 from hypervl_jax.calibrate import Sample
 from hypervl_jax.checkpoint import CheckpointError
 from hypervl_jax.export import apart, doctor, lower, manifest, parts, verify
@@ -49,11 +49,6 @@ def test_the_files_are_those_of_an_export_in_one_piece(made, folder, tiny_screen
     assert got.lowered == {}
     for seam, error in want.parity.items():  # JAX with the integers, here; there, too
         assert got.parity[seam] == pytest.approx(error, rel=1e-3, abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def samples(tiny_model):
-    return calibrate.from_screens(tiny_model, 2)
 
 
 ROWS: dict[str, Any] = {
@@ -134,7 +129,7 @@ def test_a_process_that_fails_is_said_and_nothing_is_left(folder, samples, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
 
 
-def test_the_command_goes_this_way_with_large_models(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_goes_this_way_with_large_models(folder, tiny_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parts, "default_pictures", lambda *_, **__: [np.zeros((30, 30, 3), np.uint8)])
     monkeypatch.setattr(apart, "in_a_process", apart.do)
     assert not apart.is_large(folder)
@@ -151,5 +146,7 @@ def test_the_command_goes_this_way_with_large_models(folder, tmp_path, monkeypat
     assert Runtime(tmp_path / "x").cache_length == 128
     assert lower.check_ops(tmp_path / "x" / "decoder.tflite")
     rules = ["--rules", r"llm\.blocks\..*=int4", "--calibrate", "2"]
-    cli.main(["export", str(folder), "--out", str(tmp_path / "y"), "--branch", "base", "--cache", "128", *rules])
+    m = checkpoint.load_model(folder)
+    told = checkpoint.save_model(tmp_path / "m", *m[:3], m.info | {"config": config.to_dict(tiny_config)})
+    cli.main(["export", str(told), "--out", str(tmp_path / "y"), "--branch", "base", "--cache", "128", *rules])
     assert manifest.check(tmp_path / "y").calibrated == 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hypervl_jax import calibrate, cli, needs, quantize
-from hypervl_jax.calibrate import CalibrationError, Sample
+from hypervl_jax.calibrate import CalibrationError
 from hypervl_jax.export import lower, manifest, pack, parts, verify
 from hypervl_jax.export.lower import ExportError
 from hypervl_jax.export.runtime import Runtime
@@ -69,13 +69,6 @@ def test_verify_proves_again_and_finds_another_model(narrow, tiny_model, tiny_sc
     other = tiny_model._replace(params=tiny_model.params | {"base": tiny_model.params["large"]})
     with pytest.raises(ExportError, match=r"encoder_base\.tflite: base\..* other|is in 8 or 4 bits only"):
         parts.prove(other, narrow)
-
-
-@pytest.fixture(scope="module")
-def samples(tiny_screens):
-    said = {"role": "assistant", "content": "this"}
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
-    return [Sample([screen.image], [asked, said]) for screen in tiny_screens[:2]]
 
 
 @pytest.fixture(scope="module")
