@@ -54,7 +54,7 @@ def export(
         portable: for servers: the same parts as portable StableHLO with safetensors beside them instead, in f32.
     """
     from hypervl_jax import checkpoint, quantize
-    from hypervl_jax.export import apart, lower, parts
+    from hypervl_jax.export import apart, bench, lower, parts
 
     if calibrate < 0 or (data is not None and not calibrate):
         raise needs.UsageError("--calibrate: so many samples, at least 1; --data: where they come from")
@@ -81,6 +81,10 @@ def export(
         made = apart.export(model, out, **options)
     else:
         made = parts.export(loaded, out, **options)
+    try:
+        made = bench.peaks(out)
+    except bench.BenchError as e:
+        print(f"memory of an answer: not measured: {e}")
     for name, error in made.parity.items():
         before = f", {made.lowered[name]:.1e} before rounding" if name in made.lowered else ""
         print(f"{name}: {error:.1e} from JAX{before}")
@@ -90,6 +94,8 @@ def export(
             f"{len(part.signatures)} signatures"
         )
     print(f"decoder's layers: {made.bits['layers']:.2f} bits a weight")
+    for b, n in made.peak_bytes.items():
+        print(f"an answer by {b}: {n / 1e6:,.0f} MB of memory")
     for b in made.bundles:
         print(f"{b.file.file}: {b.file.bytes / 1e6:.2f} MB, opened and asked in the stock runtime")
     print(f'ask it: hypervl ask PICTURE "what is this?" --runtime litert --model {out}')

@@ -145,6 +145,8 @@ def test_the_command_goes_this_way_with_large_models(folder, tiny_config, tmp_pa
     assert (got.recipe, got.lowered) == ((), {})
     assert Runtime(tmp_path / "x").cache_length == 128
     assert lower.check_ops(tmp_path / "x" / "decoder.tflite")
+    assert f"an answer by base: {got.peak_bytes['base'] / 1e6:,.0f} MB" in out
+    assert 20e6 < got.peak_bytes["base"] < 2e9
     rules = ["--rules", r"llm\.blocks\..*=int4", "--calibrate", "2"]
     m = checkpoint.load_model(folder)
     told = checkpoint.save_model(tmp_path / "m", *m[:3], m.info | {"config": config.to_dict(tiny_config)})

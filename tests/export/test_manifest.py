@@ -41,6 +41,11 @@ def edit(folder, change):
     path.write_text(json.dumps(values))
 
 
+def test_what_older_manifests_do_not_know_is_empty(folder):
+    edit(folder, lambda values: [values.pop(k) for k in ("lowered", "bits", "peak_bytes")])
+    assert manifest.read(folder).peak_bytes == {}
+
+
 def test_round_trip_says_everything(folder, tiny_config):
     m = manifest.check(folder)
     assert m == manifest.read(folder)

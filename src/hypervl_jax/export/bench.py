@@ -8,6 +8,7 @@ peak memory is then its alone.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -181,6 +182,16 @@ def run(folder: str | Path, pixels: Path | None = None, repeats: int = 5, thread
     }
 
 
+def peaks(folder: str | Path) -> manifest.Manifest:
+    """Measure what memory answering takes, each branch in a process of its own, and note it in the folder's manifest.
+    What is kept of tokens is of one size, and tiles come one after another: it is as much for any picture."""
+    m = manifest.check(folder)
+    jobs = {b: {"peak": b, "folder": str(folder), "threads": None} for b in Runtime(folder).branches}
+    found = {b: n for b, job in jobs.items() if (n := _child(job)["peak_bytes"])}
+    manifest.write(folder, done := dataclasses.replace(m, peak_bytes=found))
+    return done
+
+
 def _child(job: Mapping[str, Any]) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", _MEASURE, json.dumps(job)], capture_output=True, text=True)
     if done.returncode:
@@ -190,8 +201,12 @@ def _child(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """One process's measurement: an answer's stages for a branch, or every entry point by itself."""
+    """One process's measurement: an answer's stages for a branch, its memory alone, or every entry point by itself."""
     files = Runtime(job["folder"], job["threads"])
+    if "peak" in job:
+        blank = np.zeros((files.config.policy.tile,) * 2 + (3,), np.uint8)
+        files.answer(blank, QUESTION, job["peak"], vrc=True, max_new=2)
+        return {"peak_bytes": peak()}
     if "entries" in job:
         return {"entries": {name: _entry(files, name, job["repeats"]) for name in job["entries"]}}
     pixels = image.load(job["picture"]) if job["picture"] else _noise(files.config)

@@ -92,6 +92,7 @@ class Manifest:
     recipe: tuple[str, ...] = ()  # rules by which matrices are in 8 or 4 bits, as `quantize.parse` reads them
     calibrated: int = 0  # samples that the decoder's 4 bits were chosen by; 0: they are the nearest
     bits: dict[str, float] = field(default_factory=dict)  # part, and "layers" of the decoder -> bits a weight takes
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # branch -> resident memory that an answer took at most
     bundles: tuple[Bundle, ...] = ()  # one file for the stock runtime, of one branch each
     source: str = ""  # the model it was made from, as it was called
     versions: dict[str, str] = field(default_factory=dict)  # tool -> version that wrote the folder
@@ -211,8 +212,8 @@ def read(directory: str | Path) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ManifestError(f"{path}: not a manifest of format {FORMAT}; export again with this version")
     try:
-        values = {"lowered": {}, "bits": {}} | values  # older ones have none
-        kinds = {"parity": float, "lowered": float, "bits": float, "versions": str}
+        values = {"lowered": {}, "bits": {}, "peak_bytes": {}} | values  # older ones have none
+        kinds = {"parity": float, "lowered": float, "bits": float, "peak_bytes": int, "versions": str}
         tables = {k: _table(k, values.pop(k, None), kind) for k, kind in kinds.items()}
         return dataclasses.replace(from_dict(Manifest, values, "manifest"), **tables)
     except ConfigError as e:
