@@ -194,7 +194,8 @@ def shown(path: str, counts: Sequence[int], messages: Sequence[list]) -> list[Sa
 def write(path: Path, params: dict) -> None:
     """The decoder's 4 bits."""
     found = {k: m for k, m in quantize.matrices(params["llm"]["blocks"]).items() if m.bits == 4}
-    np.savez(path, **{f"{name}.{k}": array for name, m in found.items() for k, array in m._asdict().items()})
+    arrays: dict[str, Any] = {f"{name}.{k}": a for name, m in found.items() for k, a in m._asdict().items()}
+    np.savez(path, **arrays)
 
 
 def as_chosen(params: dict, path: str | None) -> dict:
