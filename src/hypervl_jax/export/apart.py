@@ -179,7 +179,8 @@ def main() -> None:
 
 def keep(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples as `shown` takes them, their pictures in a file."""
-    np.savez(path, **{f"{i}.{j}": p for i, sample in enumerate(samples) for j, p in enumerate(sample.pictures)})
+    arrays: dict[str, Any] = {f"{i}.{j}": p for i, s in enumerate(samples) for j, p in enumerate(s.pictures)}
+    np.savez(path, **arrays)
     return {"path": str(path), "counts": [len(s.pictures) for s in samples], "messages": [s.messages for s in samples]}
 
 
