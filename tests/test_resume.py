@@ -87,7 +87,7 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(resume, lab, whole):
     assert all((r["shown"], r["digest"]) == want[r["step"]] for r in seen)
     assert {r["step"] for r in seen} == set(range(lab.steps))
     assert not list((out / "run" / "checkpoints").glob("damaged-*"))
-    rows = [json.loads(s) for s in (out / "run" / "log.jsonl").open()]
+    rows = [json.loads(s) for s in (out / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(lab.steps))
 
 

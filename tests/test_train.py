@@ -214,7 +214,8 @@ def test_a_guarded_step_is_the_step(lenient, step):
 def test_a_step_that_is_not_finite_is_passed_over_and_said(run, lenient, tmp_path, capsys):
     state = run(tmp_path, lenient, change=lambda feed: Spoilt(feed, 0))
     assert int(state.step) == 4
-    first, *rest = [json.loads(s, parse_constant=pytest.fail) for s in (tmp_path / "log.jsonl").open()]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    first, *rest = [json.loads(s, parse_constant=pytest.fail) for s in lines]
     assert first["skipped"] is True
     assert not any("skipped" in row for row in rest)
     assert "step 0: " in capsys.readouterr().err

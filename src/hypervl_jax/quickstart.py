@@ -242,7 +242,7 @@ def _sight(cfg: Config, source: pipeline.Source, net: dict, path: Path) -> dict:
 def _load_tree(path: Path, like: dict, stage: str) -> dict:
     """Arrays that `stage` left, with the names and shapes of `like`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as file:
             found, want = {k: file[k] for k in file.files}, flatten(like)
         if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in want.items()}:
             raise ValueError("other arrays than this model has")
