@@ -316,6 +316,15 @@ def matrices(tree: Any) -> dict[str, Quantized]:
     return {path: leaf for path, leaf in named if isinstance(leaf, Quantized)}
 
 
+def replaced(tree: Any, found: Mapping[str, Quantized]) -> Any:
+    """The inverse of `matrices`: a tree with those of `found` in their places."""
+
+    def of(path: Any, leaf: Any) -> Any:
+        return found.get(jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+
+    return jax.tree_util.tree_map_with_path(of, tree, is_leaf=_is_quantized)
+
+
 def is_quantized(params: dict) -> bool:
     return bool(matrices(params))
 

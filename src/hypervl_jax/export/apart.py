@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -204,14 +203,9 @@ def as_chosen(params: dict, path: str | None) -> dict:
     if path is None or "blocks" not in params.get("llm", {}):
         return params
     with np.load(path) as chosen:
-        found = {name.removesuffix(".q") for name in chosen.files}
-
-        def of(at: Any, leaf: Any) -> Any:
-            name = jax.tree_util.keystr(at, simple=True, separator=".")
-            return Quantized(chosen[f"{name}.q"], chosen[f"{name}.scale"]) if name in found else leaf
-
-        is_leaf = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
-        blocks = jax.tree_util.tree_map_with_path(of, params["llm"]["blocks"], is_leaf=is_leaf)
+        names = [name.removesuffix(".q") for name in chosen.files if name.endswith(".q")]
+        found = {name: Quantized(chosen[f"{name}.q"], chosen[f"{name}.scale"]) for name in names}
+    blocks = quantize.replaced(params["llm"]["blocks"], found)
     return params | {"llm": params["llm"] | {"blocks": blocks}}
 
 
