@@ -40,6 +40,20 @@ def test_a_folder_is_prepared_as_it_is(source):
         np.testing.assert_array_equal(source[i], drawn(size, i))
 
 
+def test_pictures_stay_decoded_as_far_as_memory_is_given(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "KEPT_BYTES", 13_955)  # the second, of 9,516, does not fit after the first
+    some, decoded = photographs.found(str(folder), tmp_path, progress=False), []
+    load = photographs.image.load
+    monkeypatch.setattr(photographs.image, "load", lambda *a, **k: decoded.append(k["name"]) or load(*a, **k))
+    for _ in range(3):
+        for i, size in enumerate(SIZES):
+            np.testing.assert_array_equal(some[i], drawn(size, i))
+    times = [sum(name.endswith(f":{i}") for name in decoded) for i in range(len(SIZES))]
+    assert times == [1, 3, 1, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        some[0][0, 0] = 0
+
+
 def test_it_is_prepared_once_and_anew_when_a_picture_differs(folder, tmp_path):
     for f in folder.glob("*.png"):
         (tmp_path / "in").mkdir(exist_ok=True)

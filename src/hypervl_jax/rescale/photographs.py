@@ -32,6 +32,7 @@ except ImportError as e:
     raise ImportError("pictures to learn from need tensorflow-datasets: pip install 'hypervl_jax[train]'") from e
 
 MAX_BYTES = 512 << 20  # of a picture file
+KEPT_BYTES = 1 << 30  # of decoded pictures, so that a small set is decoded once and not at every crop
 
 
 @runtime_checkable
@@ -148,7 +149,8 @@ class Photographs(tfds.core.GeneratorBasedBuilder):
 
 
 class Pictures:
-    """A split of a prepared data set: `source[i]` is picture i, decoded."""
+    """A split of a prepared data set: `source[i]` is picture i, decoded, read-only. The first ones asked for stay in
+    memory, up to `KEPT_BYTES`: epochs ask for all alike."""
 
     def __init__(self, builder: Any, split: str = "train"):
         pictures = [k for k in ("hr", "image") if k in builder.info.features]
@@ -157,6 +159,8 @@ class Pictures:
                 f"{builder.info.full_name}: has no pictures to learn from (hr, image) in {split!r}"
             )
         self._key, self.name = pictures[0], f"{builder.info.full_name}/{split}"
+        self._kept: dict[int, np.ndarray] = {}
+        self._left = KEPT_BYTES
         every = {k: tfds.decode.SkipDecoding() for k, f in builder.info.features.items() if _is_picture(f)}
         self._records = builder.as_data_source(split, decoders=every)
         told = (builder.info.metadata or {}).get("sizes")
@@ -166,8 +170,15 @@ class Pictures:
         return len(self._records)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
-        data, name = self._records[int(index)][self._key], f"{self.name}:{index}"
-        return image.load(bytes(data), max_bytes=MAX_BYTES, name=name)
+        index = int(index)
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        data, name = self._records[index][self._key], f"{self.name}:{index}"
+        pixels = image.load(bytes(data), max_bytes=MAX_BYTES, name=name)
+        pixels.flags.writeable = False
+        if pixels.nbytes <= self._left and self._kept.setdefault(index, pixels) is pixels:
+            self._left -= pixels.nbytes
+        return pixels
 
     def _size(self, index: int) -> tuple[int, int]:
         with Image.open(io.BytesIO(self._records[int(index)][self._key])) as opened:
