@@ -4,7 +4,8 @@ FIRN x4, 15 + 15 steps on 256 x 256 pixels, from a zero start and without noise,
 round runs one after the other; a figure is the median over `--rounds` of ratios as of times. Weights are frozen on
 both sides, so a gradient costs as much as the pass it is of: 4 passes a step of the large picture, 2 of the small one.
 The share of the arithmetic limit is of what a large product of matrices reaches in the same run. Compiling is timed
-apart. `--quick`: an IRN x2 of one block on 64 x 64 pixels, 3 + 3 steps. Weights: `--data`; drawn at random without it.
+apart. What a step of the large picture allocates, with and without remat, is the compiler's account. `--quick`: an IRN
+x2 of one block on 64 x 64 pixels, 3 + 3 steps. Weights: `--data`; drawn at random without it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import hcd as tables
 import jax
 import jax.numpy as jnp
@@ -172,6 +174,16 @@ def step_bytes(pair: Pair, hr: jax.Array, config: HcdConfig) -> int:
     return bench.temporary_bytes(step, hr, hr)
 
 
+def step_bytes_anew(pair: Pair, hr: jax.Array, config: HcdConfig) -> int:
+    """The same where every coupling is computed anew on the way back (`flax.linen.remat`)."""
+    kept = irn.Coupling
+    irn.Coupling = nn.remat(kept, static_argnums=(2,))  # type: ignore
+    try:
+        return step_bytes(pair, hr, config)
+    finally:
+        irn.Coupling = kept
+
+
 def options(parser: ArgumentParser) -> None:
     tables.options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="whose median is taken (default: 5)")
@@ -218,10 +230,13 @@ def main() -> int:
     print(f"JAX {took['jax']:.2f} s, torch {took['torch']:.2f} s: {ratio:.2f} times as fast; losses {apart:.1e} apart")
     print(f"{flops / 1e9:.0f} GFLOP, {share:.1%} of the {limit / 1e9:.0f} GFLOP/s of a product of matrices")
     print(f"first run {first:.1f} s, so compiling takes {first - took['jax']:.1f} s")
+    memory = step_bytes(pair, x, config), step_bytes_anew(pair, x, config)
+    print(f"a step of the large picture allocates {memory[0] / 1e6:.0f} MB, with remat {memory[1] / 1e6:.0f} MB")
     metrics = {
         "net": repr(pair.net), "side": side, "steps": steps, "cores": cores, "rounds": rows, "seconds": took,
         "ratio": ratio, "apart": apart, "flops": flops, "limit_flops": limit, "share": share,
-        "compile_s": first - took["jax"], "step_bytes": step_bytes(pair, x, config), "torch": torch.__version__,
+        "compile_s": first - took["jax"], "step_bytes": memory[0], "step_bytes_remat": memory[1],
+        "torch": torch.__version__,
     }  # fmt: skip
     bars = [Bar("hcd_speed.losses_apart", apart, APART, "<=")]
     if not args.quick:

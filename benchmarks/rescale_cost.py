@@ -8,7 +8,8 @@ depend on them. Each size runs in a process of its own, compiles first, then mea
 
 and the peak resident memory above what was resident before (Linux; not a number elsewhere, which no bar takes). Beside
 it stands what the same program would need for the whole picture at once, by the compiler's account; nothing of that
-runs. Writes a plot beside its results file.
+runs. The last row, of as many pixels as 7680 x 4320 have, is of the plain path alone, once. Writes a plot beside its
+results file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,31 +47,33 @@ class Plan(NamedTuple):
     net: Irn
     sides: tuple[int, ...]  # of pictures, multiples of the scale; the first two are compiled whole too
     tile: int
+    plain: int  # side of a picture that takes the plain path alone
 
 
-FULL = Plan(firn(), (320, 640, 1280, 2560), tiles.TILE)
-QUICK = Plan(Irn((1,), growth=4), (256, 512), tiles.LEAST)
+FULL = Plan(firn(), (320, 640, 1280, 2560), tiles.TILE, 5760)
+QUICK = Plan(Irn((1,), growth=4), (256, 512), tiles.LEAST, 768)
 
 
-def measure(net: Irn, side: int, tile: int, repeats: int) -> dict:
-    """Seconds of both paths, and bytes by which the peak of resident memory exceeds what was resident before."""
+def measure(net: Irn, side: int, tile: int, repeats: int, some: tuple[str, ...] = ("plain", "hcd")) -> dict:
+    """Seconds of some paths, and bytes by which the peak of resident memory exceeds what was resident before."""
     compile_cache()
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(net.init, jax.random.key(0))  # numpy draws: compiling JAX's takes longer than all else
     pair = Pair(net, jax.tree.map(lambda x: jnp.asarray(0.01 * rng.normal(size=x.shape), jnp.float32), shapes))
     hr = rng.integers(0, 256, (side, side, 3), np.uint8)
     ways = {
-        "plain": lambda: tiles.up(pair, tiles.down(pair, hr, tile), tile=tile),
-        "hcd": lambda: tiles.descend(pair, hr, STEP, tile=tile),
+        "plain": lambda hr: tiles.up(pair, tiles.down(pair, hr, tile), tile=tile),
+        "hcd": lambda hr: tiles.descend(pair, hr, STEP, tile=tile),
     }
     row: dict = {"side": side, "tiles": len(tiles.grid((side // net.scale, side // net.scale), net.scale, tile))}
-    for way, run in ways.items():
-        run()  # compiles
+    for way in some:
+        run = ways[way]
+        run(hr if "hcd" in some else hr[: 2 * tile, : 2 * tile])  # compiles; on the plain path pictures share programs
         before = _peak_from_here()
         took = []
         for _ in range(repeats):
             begun = time.perf_counter()
-            run()
+            run(hr)
             took.append(time.perf_counter() - begun)
         row |= {f"{way}_s": statistics.median(took), f"{way}_bytes": _resident("VmHWM") - before}
     return row
@@ -115,9 +118,7 @@ def main() -> int:
     rows = []
     print(f"{'side':>6}{'tiles':>7}{'plain s':>10}{'HCD step s':>12}{'plain MB':>10}{'HCD MB':>9}{'whole MB':>10}")
     for side in plan.sides:
-        fresh = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        with fresh as pool:
-            row = pool.submit(measure, plan.net, side, plan.tile, args.repeats).result()
+        row = fresh(plan.net, side, plan.tile, args.repeats)
         # Of larger ones compiling takes too long.
         row["whole_bytes"] = whole_bytes(plan.net, side) if side <= plan.sides[1] else None
         rows.append(row)
@@ -127,21 +128,31 @@ def main() -> int:
             f"{row['hcd_bytes'] / 1e6:>9.0f}{whole}",
             flush=True,
         )
-    found = {"net": repr(plan.net), "tile": plan.tile, "sizes": rows}
-    status = finish("rescale_cost", found, bars(*rows[-2:]), args, seeds=[0])
+    large = fresh(plan.net, plan.plain, plan.tile, 1, ("plain",))
+    print(f"{plan.plain:>6}{large['tiles']:>7}{large['plain_s']:>10.2f}{'':12}{large['plain_bytes'] / 1e6:>10.0f}")
+    found = {"net": repr(plan.net), "tile": plan.tile, "sizes": rows, "plain": large}
+    status = finish("rescale_cost", found, bars(rows[-2], rows[-1], large), args, seeds=[0])
     (args.out / "rescale_cost.svg").write_text(plot(rows))
     return status
 
 
-def bars(first: dict, last: dict) -> list[Bar]:
+def bars(first: dict, last: dict, large: dict) -> list[Bar]:
     """Time a tile stays as it is, and memory grows by a few arrays of the picture, from one size to the next."""
-    more, out = last["side"] ** 2 - first["side"] ** 2, []
-    for way in ("plain", "hcd"):
-        seconds, nbytes = ((first[f"{way}_{unit}"], last[f"{way}_{unit}"]) for unit in ("s", "bytes"))
-        slower = seconds[1] / seconds[0] * first["tiles"] / last["tiles"]
-        out.append(Bar(f"rescale.{way}_time_a_tile", slower, 1.2, "<="))
-        out.append(Bar(f"rescale.{way}_bytes_a_pixel", (nbytes[1] - nbytes[0]) / more, BYTES, "<="))
+    out = []
+    for name, way, a, b in (
+        ("plain", "plain", first, last), ("hcd", "hcd", first, last), ("large_plain", "plain", last, large)
+    ):  # fmt: skip
+        slower = b[f"{way}_s"] / a[f"{way}_s"] * a["tiles"] / b["tiles"]
+        more = (b[f"{way}_bytes"] - a[f"{way}_bytes"]) / (b["side"] ** 2 - a["side"] ** 2)
+        out.append(Bar(f"rescale.{name}_time_a_tile", slower, 1.2, "<="))
+        out.append(Bar(f"rescale.{name}_bytes_a_pixel", more, BYTES, "<="))
     return out
+
+
+def fresh(*of: Any) -> dict:
+    """`measure` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *of).result()
 
 
 def plot(rows: list[dict]) -> str:

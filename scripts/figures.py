@@ -37,7 +37,7 @@ def where(result: Result) -> str:
     """The command, and the machine it ran on."""
     machine = result["machine"]
     kind = machine.get("kind") or machine["device"]
-    return f"`{result['command']}`, {machine['cores']} {kind.upper()} cores"
+    return f"`{result['command']}`, {machine['cores']} {kind.upper()} core{'s' * (machine['cores'] > 1)}"
 
 
 def accuracy(tables: dict[str, Any], controls: dict[str, dict[str, float]]) -> list[str]:
@@ -469,8 +469,9 @@ def speed(r: Result) -> list[str]:
     return prose(
         f"**Time.** HCD with {m['steps']} + {m['steps']} steps on {m['side']} x {m['side']} pixels takes",
         f"{m['seconds']['jax']:.1f} s, {1 / m['ratio']:.2f} of the time of the same loop in PyTorch, at",
-        f"{100 * m['share']:.0f} % of what a product of matrices reaches; compiling {m['compile_s']:.0f} s before it",
-        f"({where(r)}).",
+        f"{100 * m['share']:.0f} % of what a product of matrices reaches; compiling {m['compile_s']:.0f} s before it.",
+        f"A step of the large picture allocates {m['step_bytes'] / 1e6:.0f} MB, and with the couplings computed anew",
+        f"on the way back (remat) {m['step_bytes_remat'] / 1e6:.0f} MB ({where(r)}).",
     )
 
 
@@ -488,6 +489,9 @@ def growth(r: Result) -> list[str]:
         rows.append(
             cells((f"{row['side']:,}", *times, *(f"{row[k] / 1e6:,.0f}" for k in ("plain_bytes", "hcd_bytes"))))
         )
+    large = m["plain"]
+    per = large["plain_s"] / large["side"] ** 2 * 1e6
+    rows.append(cells((f"{large['side']:,}", f"{per:.2f}", "-", f"{large['plain_bytes'] / 1e6:,.0f}", "-")))
     return [*said, "", *rows]
 
 
