@@ -265,26 +265,22 @@ def test_another_pair_than_it_was_made_by(photo, irn, run, fails, tmp_path):
     assert run("up", small, *BICUBIC, "--no-notes").out.endswith(": 38 x 42 px\n")
 
 
-def test_pairs_that_ship_have_names(photo, run, irn, tmp_path, monkeypatch):
+def test_pairs_that_ship_have_names(photo, run, tmp_path):
     """Without --pair it is the light one by 2."""
-    monkeypatch.setattr("hypervl_jax.rescale.weights.SHIPPED", tmp_path / "ship")
-    (tmp_path / "ship").mkdir()
-    for scale in (2, 4):
-        (tmp_path / "ship" / f"light_x{scale}.npz").write_bytes((irn / f"x{scale}.npz").read_bytes())
     h, w = np.asarray(Image.open(photo)).shape[:2]
     run("down", photo, "--no-hcd", "--out", tmp_path / "2.png")
-    run("down", photo, "--no-hcd", "--pair", "light_x4", "--out", tmp_path / "4.png")
-    for scale in (2, 4):
-        with Image.open(tmp_path / f"{scale}.png") as small:
-            assert small.size == (-(-w // scale), -(-h // scale))
+    run("down", photo, "--no-hcd", "--pair", "light_x2", "--out", tmp_path / "named.png")
+    with Image.open(tmp_path / "2.png") as small:
+        assert small.size == (-(-w // 2), -(-h // 2))
+    assert (tmp_path / "2.png").read_bytes() == (tmp_path / "named.png").read_bytes()
 
 
-def test_pairs_that_are_none(photo, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("hypervl_jax.rescale.weights.SHIPPED", tmp_path / "none")
-    assert "no weights of a pair ship with this version; give --pair FILE" in fails("down", photo)
-    assert "give --pair FILE" in fails("eval", photo, "--pair", "")
+def test_pairs_that_are_none(photo, tmp_path, fails):
+    for name in ("light_x3", "bicubic-x9", ""):
+        said = fails("up", photo, "--pair", name)
+        assert f"--pair {name}: choose light_x2, bicubic-x2, -x3, -x4, or a file of weights" in said
     assert "nowhere.npz: cannot be read" in fails("up", photo, "--pair", "nowhere.npz")
-    assert "weights are .npz, .safetensors or .pth" in fails("up", photo, "--pair", "bicubic-x9")
+    assert "weights are .npz, .safetensors or .pth" in fails("up", photo, "--pair", "weights.bin")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and no more")
     assert "bad.npz: damaged" in fails("down", photo, "--pair", tmp_path / "bad.npz")
     np.savez(tmp_path / "other.npz", weight=np.zeros(3))

@@ -52,25 +52,26 @@ class Run:
 
 How = Annotated[Hcd, arg(name="")]
 Running = Annotated[Run, arg(name="")]
-Weights = Annotated[str | None, arg(metavar="FILE")]
+Weights = Annotated[str, arg(metavar="FILE")]
 
 
 def down(
-    pictures: Files, /, pair: Weights = None, out: Path | None = None, how: How = Hcd(), run: Running = Run()
+    pictures: Files, /, pair: Weights = DEFAULT, out: Path | None = None, how: How = Hcd(), run: Running = Run()
 ) -> None:
     """Make pictures small, in 8 bits, such that the same pair restores more of them than of those it makes by itself.
 
     The small PNG notes the original's size and the pair. Transparency and grey are kept; 16 bits become 8. For example:
 
-    hypervl rescale down photo.jpg --pair firn_x4.npz
+    hypervl rescale down photo.jpg
 
     hypervl rescale down photos --pair irn_x2.pth --out small --hr-steps 5 --lr-steps 5
 
-    hypervl rescale down photo.jpg --pair firn_x4.npz --no-hcd --out photo_plain.png
+    hypervl rescale down photo.jpg --no-hcd --out photo_plain.png
 
     Args:
         pictures: picture files, or folders of them.
-        pair: weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
+        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+            bicubic-x2, -x3, -x4.
         out: a .png for one picture, else a folder; if not given, beside the one picture, as NAME_lr.png.
     """
     _check(run)
@@ -93,7 +94,7 @@ def down(
 def up(
     pictures: Files,
     /,
-    pair: Weights = None,
+    pair: Weights = DEFAULT,
     out: Path | None = None,
     notes: bool = True,
     run: Running = Run(),
@@ -102,13 +103,14 @@ def up(
 
     Any picture will do; the original is not needed. For example:
 
-    hypervl rescale up photo_lr.png --pair firn_x4.npz
+    hypervl rescale up photo_lr.png
 
     hypervl rescale up small --pair irn_x2.pth --out restored
 
     Args:
         pictures: picture files, or folders of them.
-        pair: the pair they were made by: weights (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
+        pair: the pair they were made by: light_x2, weights (.npz, .safetensors, .pth), or bicubic-x2,
+            -x3, -x4.
         out: a .png for one picture, else a folder; if not given, beside the one picture, as NAME_sr.png.
         notes: heed what `down` noted, and refuse another pair; --no-notes: take it for any small picture.
     """
@@ -133,19 +135,20 @@ def up(
 
 
 def evaluate(
-    pictures: Files, /, pair: Weights = None, out: Path | None = None, how: How = Hcd(), run: Running = Run()
+    pictures: Files, /, pair: Weights = DEFAULT, out: Path | None = None, how: How = Hcd(), run: Running = Run()
 ) -> None:
     """PSNR and SSIM (luma) of restored pictures: plain, the small picture moved, both moved; a row a picture.
 
     Measured as papers do: cut to a multiple of the scale, which is also the border that is left out. For example:
 
-    hypervl rescale eval Set5 --pair firn_x4.npz --eps-mode absolute --out set5.json
+    hypervl rescale eval Set5 --eps-mode absolute --out set5.json
 
     hypervl rescale eval photo.jpg --pair imdn_x2.npz --hr-steps 0
 
     Args:
         pictures: picture files, or folders of them.
-        pair: weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
+        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+            bicubic-x2, -x3, -x4.
         out: JSON file to write: every figure of every picture, and how they were made.
     """
     _check(run)
@@ -182,7 +185,7 @@ def compare(
     picture: Annotated[Positional[Path], arg(metavar="PICTURE")],
     /,
     out: Path,
-    pair: Weights = None,
+    pair: Weights = DEFAULT,
     at: Annotated[tuple[int, int] | None, arg(metavar="X Y")] = None,
     how: How = Hcd(),
     run: Running = Run(),
@@ -191,14 +194,15 @@ def compare(
 
     For example:
 
-    hypervl rescale compare photo.jpg --pair firn_x4.npz --out compared.png
+    hypervl rescale compare photo.jpg --out compared.png
 
     hypervl rescale compare photo.jpg --pair firn_x4.npz --out eye.png --at 120 80
 
     Args:
         picture: a picture file.
         out: PNG file to write.
-        pair: weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or bicubic-x2, -x3, -x4.
+        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+            bicubic-x2, -x3, -x4.
         at: the pixel around which a part is enlarged; if not given, where the plain way is most wrong.
     """
     _check(run)
@@ -241,13 +245,13 @@ def rescale() -> None:
 
     For example:
 
-    hypervl rescale down photo.jpg --pair firn_x4.npz
+    hypervl rescale down photo.jpg
 
-    hypervl rescale up photo_lr.png --pair firn_x4.npz
+    hypervl rescale up photo_lr.png
 
     hypervl rescale eval Set5 --pair firn_x4.npz
 
-    hypervl rescale compare photo.jpg --pair firn_x4.npz --out compared.png
+    hypervl rescale compare photo.jpg --out compared.png
 
     hypervl rescale train tiny_x2 --data photos --out runs/tiny_x2
 
@@ -284,20 +288,20 @@ def _config(how: Hcd) -> Any:
     return HcdConfig(how.hr_steps, how.lr_steps, eps_mode=how.eps_mode)
 
 
-def pair_of(name: str | None) -> Any:
-    """A pair by its file of weights or the name of one that ships, or the one line that says how to come by one."""
+def pair_of(name: str) -> Any:
+    """A pair by the name of one that ships, or by its file of weights.
+
+    Raises `UsageError` for what is neither, `CheckpointError` for a file that is none.
+    """
     from hypervl_jax.rescale import pairs, weights
 
-    shipped = {file.stem: file for file in sorted(weights.SHIPPED.glob("*.npz"))}
-    name = name or (DEFAULT if DEFAULT in shipped else None)
-    if not name:
-        raise needs.UsageError(
-            "no weights of a pair ship with this version; give --pair FILE with those of IRN, FIRN, HCFlow or IMDN "
-            "(.npz, .safetensors, .pth; docs/rescaling.md), or --pair bicubic-x2 to see how it works"
-        )
     needs.keep_compiled()
     if scale := re.fullmatch(r"bicubic-x([234])", name):
         return pairs.Pair(pairs.Bicubic(int(scale[1])), {})
+    shipped = {file.stem: file for file in sorted(weights.SHIPPED.glob("*.npz"))}
+    if name not in shipped and not Path(name).suffix:
+        some = ", ".join([*shipped, "bicubic-x2", "-x3", "-x4"])
+        raise needs.UsageError(f"--pair {name}: choose {some}, or a file of weights (.npz, .safetensors, .pth)")
     return weights.recognise(shipped.get(name, name))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,17 @@ import pytest
 pytest.importorskip("grain", reason="needs the train extra")
 
 from hypervl_jax import config
-from hypervl_jax.config import ConfigError
-from hypervl_jax.rescale import train, weights
+from hypervl_jax.config import ConfigError, ScreensConfig
+from hypervl_jax.data import screens
+from hypervl_jax.data.assets import Assets
+from hypervl_jax.rescale import evaluate, metrics, train, weights
 from hypervl_jax.rescale.irn import Irn
 from hypervl_jax.rescale.photographs import batches
 from hypervl_jax.rescale.train import PairConfig, PairTrain
 from hypervl_jax.runs import TrainError
 from hypervl_jax.watch import QUIET, Stopped, Watch
 
+ROOT = Path(__file__).parents[2]
 TINY = PairConfig("test", Irn((1,), growth=2), PairTrain(4, 2, 16, lr=1e-3, halve_at=(2,), log_every=1, save_every=2))
 
 
@@ -223,10 +227,23 @@ def test_a_preset_is_a_value_that_json_holds(name):
     assert config.from_dict(PairConfig, config.to_dict(cfg)) == cfg
 
 
-def test_light_pairs_are_light():
-    for scale in (2, 4):
-        shapes = jax.eval_shape(train.light(scale).net.init, jax.random.key(0))
-        assert 2 * sum(x.size for x in jax.tree.leaves(shapes)) < 700_000  # bytes, in f16
+@pytest.mark.parametrize("scale", [2, 4])
+def test_the_light_pairs_that_ship(scale):
+    """They are what the recipe gave, small, and restore a screen of things and letters they never saw."""
+    file = weights.SHIPPED / f"light_x{scale}.npz"
+    told = json.loads((ROOT / "benchmarks" / "results" / f"light_x{scale}-training.json").read_text())
+    pair = weights.recognise(file)
+    assert weights.fingerprint(pair) == told["weights"]
+    assert config.from_dict(PairConfig, told["config"]) == train.light(scale)
+    assert pair.net == train.light(scale).net
+    assert file.stat().st_size == told["bytes"] < 700_000
+    shape = ScreensConfig(min_side=128, max_side=128, max_area=128**2)
+    hr = screens.record(Assets.load(), shape, "test_unseen", 0).image
+    small = metrics.to_u8(np.asarray(pair.down(jnp.asarray(hr[None], jnp.float32) / 255)))
+    restored = metrics.to_u8(np.asarray(pair.up(jnp.asarray(small, jnp.float32) / 255)))[0]
+    plain = evaluate.both_ways(hr, scale)
+    assert metrics.psnr(restored, hr, scale) > metrics.psnr(plain.restored, hr, scale) + 3
+    assert metrics.psnr(small[0], plain.small) > 30  # it is a picture, not a code
 
 
 @pytest.mark.parametrize(
