@@ -30,7 +30,7 @@ import numpy as np
 from common import HERE, Bar, arguments, compile_cache, finish, once
 from tqdm import tqdm
 
-from hypervl_jax import image
+from hypervl_jax import image, needs
 from hypervl_jax.rescale import hcd, metrics, weights
 from hypervl_jax.rescale.hcd import Descent, HcdConfig
 from hypervl_jax.rescale.imdn import Imdn
@@ -227,6 +227,7 @@ def main() -> int:
     args = arguments(__doc__, more=options)
     if not (args.data / "Set5").is_dir():
         sys.exit(f"{args.data}: no pictures and weights there; name their folder with --data")
+    needs.keep_memory()
     compile_cache()
     kept = HERE.parent / ".cache" / "benchmarks" / "hcd"
     found, held = quick(args.data, args.draws) if args.quick else full(args.data, args.draws, args.sets, kept)

@@ -22,7 +22,7 @@ import numpy as np
 from common import HERE, Bar, arguments, compile_cache, finish, once, paired
 from tqdm import tqdm
 
-from hypervl_jax import image
+from hypervl_jax import image, needs
 from hypervl_jax.rescale import weights
 from hypervl_jax.rescale.hcd import Descent, HcdConfig
 from hypervl_jax.rescale.irn import firn
@@ -97,6 +97,7 @@ def main() -> int:
     folder = args.data / "BSDS500-train"
     if not folder.is_dir():
         sys.exit(f"{args.data}: no BSDS500-train there; name its folder with --data")
+    needs.keep_memory()
     compile_cache()
     pair = weights.load(firn(), args.data / "weights" / "firn_x4.npz")
     n = 4 if args.quick else args.crops

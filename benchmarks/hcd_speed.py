@@ -1,11 +1,13 @@
 """HCD here and by the same loop in PyTorch (parity extra): one picture, same cores, same process, same weights.
 
-FIRN x4, 15 + 15 steps on 256 x 256 pixels, from a zero start and without noise, so that both must find the same. Each
-round runs one after the other; a figure is the median over `--rounds` of ratios as of times. Weights are frozen on
-both sides, so a gradient costs as much as the pass it is of: 4 passes a step of the large picture, 2 of the small one.
-The share of the arithmetic limit is of what a large product of matrices reaches in the same run. Compiling is timed
-apart. What a step of the large picture allocates, with and without remat, is the compiler's account. `--quick`: an IRN
-x2 of one block on 64 x 64 pixels, 3 + 3 steps. Weights: `--data`; drawn at random without it.
+15 + 15 steps on Set5's butterfly, 256 x 256 pixels: FIRN x4 with its trained weights, and IRN x4 as published with
+weights drawn at random, which takes 18 times the arithmetic; from a zero start and with the same noise in every step,
+so that both must find the same. Each round runs one after the other; a figure is the median over rounds of ratios as of
+times. Weights are frozen on both sides, so a gradient costs as much as the pass it is of: 4 passes a step of the large
+picture, 2 of the small one. The share of the arithmetic limit is of what a large product of matrices reaches in the
+same run. Compiling is timed apart. The process keeps its memory, as the commands do (`needs.keep_memory`), whoever
+takes it. What a step of the large picture allocates, with and without remat, is the compiler's account. `--quick`: an
+IRN x2 of one block on a composed screen of 64 x 64 pixels, 3 + 3 steps. Picture and weights: `--data`.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from common import Bar, arguments, finish
 
-from hypervl_jax import bench
+from hypervl_jax import bench, image, needs
 from hypervl_jax.config import ScreensConfig
 from hypervl_jax.data import assets, screens
 from hypervl_jax.rescale import hcd, irn, weights
 from hypervl_jax.rescale.hcd import Descent, HcdConfig
-from hypervl_jax.rescale.pairs import Pair
+from hypervl_jax.rescale.pairs import Pair, noise
 from hypervl_jax.tensors import flatten
 
 FASTER, APART = 1.3, 1e-3  # bars: times faster, and the relative difference of losses
@@ -41,13 +43,17 @@ PRODUCT = 1536  # side of the matrices whose product stands for the limit
 class Torch:
     """IRN and FIRN in PyTorch, and HCD's loop as the official code has it; NCHW."""
 
-    def __init__(self, pair: Pair):
+    def __init__(self, pair: Pair, side: int):
+        """`side` of the picture, which has the noise that `z` "fixed" has by the default key."""
         import torch  # type: ignore
 
         self.torch, self.f, self.net = torch, torch.nn.functional, pair.net
         named = {k: np.asarray(v) for k, v in flatten(pair.params).items()}
         named = {k: np.ascontiguousarray(v.transpose(3, 2, 0, 1)) if v.ndim == 4 else v for k, v in named.items()}
         self.w = {k: torch.tensor(v) for k, v in named.items()}
+        small, detail = side // pair.net.scale, 3 * (pair.net.scale**2 - 1)  # type: ignore
+        z = pair.net.noise * noise(jax.random.key(0), (1, small, small, detail))  # type: ignore
+        self.z = torch.tensor(np.asarray(z).transpose(0, 3, 1, 2).copy())
 
     def conv(self, x: Any, name: str) -> Any:
         weight = self.w[f"{name}.weight"]
@@ -105,8 +111,7 @@ class Torch:
         return x + (self.torch.round(255 * x.detach().clamp(0, 1)) / 255 - x.detach())
 
     def up(self, lr: Any) -> Any:
-        n, _, h, w = lr.shape
-        return self.flow(self.torch.cat([lr, lr.new_zeros(n, 3 * (self.net.scale**2 - 1), h, w)], 1), back=True)
+        return self.flow(self.torch.cat([lr, self.z], 1), back=True)
 
     def descend(self, hr: np.ndarray, config: HcdConfig) -> list[float]:
         """The losses before each step, of both loops."""
@@ -184,39 +189,21 @@ def step_bytes_anew(pair: Pair, hr: jax.Array, config: HcdConfig) -> int:
         irn.Coupling = kept
 
 
-def options(parser: ArgumentParser) -> None:
-    tables.options(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="whose median is taken (default: 5)")
+def drawn(net: irn.Irn) -> Pair:
+    """A pair of random weights, small enough that the way back is bounded."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    return Pair(net, jax.tree.map(lambda x: jnp.asarray(0.02 * rng.normal(size=x.shape), jnp.float32), shapes))
 
 
-def main() -> int:
-    args = arguments(__doc__, more=options)
-    if importlib.util.find_spec("torch") is None:
-        sys.exit("torch is not installed: pip install 'hypervl-jax[parity]', or `make parity` in a clone")
-    import torch  # type: ignore
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
-    side, steps = (64, 3) if args.quick else (256, 15)
-    file = Path(args.data) / "weights" / "firn_x4.npz"
-    if args.quick or not file.exists():
-        net = irn.Irn((1,), growth=8) if args.quick else irn.firn()
-        drawn = jax.random.normal
-        shapes, key = jax.eval_shape(net.init, jax.random.key(0)), jax.random.key(1)
-        leaves, tree = jax.tree.flatten(shapes)
-        pair = Pair(net, jax.tree.unflatten(tree, [
-            0.05 * drawn(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)
-        ]))  # fmt: skip
-    else:
-        pair = weights.load(irn.firn(), file)
-    zero: dict[str, Any] = {"hr": Descent(start="zero", quantise=True), "lr": Descent(start="zero")}
-    config = HcdConfig(steps, steps, **zero, z="zero")
-    hr, theirs = picture(side), Torch(pair)
-    x = jnp.asarray(hr)
+def beside_torch(pair: Pair, hr: np.ndarray, steps: int, rounds: int, limit: float) -> dict[str, Any]:
+    """Every figure of one pair; `limit` in FLOP/s."""
+    how: dict[str, Any] = {"hr": Descent(start="zero", quantise=True), "lr": Descent(start="zero")}
+    config, theirs, x = HcdConfig(steps, steps, **how, z="fixed"), Torch(pair, hr.shape[1]), jnp.asarray(hr)
     _, first = timed(lambda: ours(pair, x, config))  # compiles; no cache between runs here
-    theirs.descend(hr, HcdConfig(1, 1, **zero, z="zero"))
-    rows, limit = [], matrix_flops()
-    for n in range(args.rounds):
+    theirs.descend(hr, HcdConfig(1, 1, **how, z="fixed"))
+    rows, found = [], {}
+    for n in range(rounds):
         order = (("jax", lambda: ours(pair, x, config)), ("torch", lambda: theirs.descend(hr, config)))
         found = {name: timed(run) for name, run in (order if n % 2 else order[::-1])}
         rows.append({name: seconds for name, (_, seconds) in found.items()})
@@ -225,23 +212,51 @@ def main() -> int:
     apart = float(np.abs(a - b).max() / np.abs(b).max())
     took = {name: float(np.median([row[name] for row in rows])) for name in ("jax", "torch")}
     ratio = float(np.median([row["torch"] / row["jax"] for row in rows]))
-    flops = (4 * steps + 2 * steps + 1) * pair.net.flops(side)  # type: ignore
+    flops = (4 * steps + 2 * steps + 1) * pair.net.flops(hr.shape[1])  # type: ignore
     share = flops / took["jax"] / limit
+    memory = step_bytes(pair, x, config), step_bytes_anew(pair, x, config)
     print(f"JAX {took['jax']:.2f} s, torch {took['torch']:.2f} s: {ratio:.2f} times as fast; losses {apart:.1e} apart")
     print(f"{flops / 1e9:.0f} GFLOP, {share:.1%} of the {limit / 1e9:.0f} GFLOP/s of a product of matrices")
     print(f"first run {first:.1f} s, so compiling takes {first - took['jax']:.1f} s")
-    memory = step_bytes(pair, x, config), step_bytes_anew(pair, x, config)
     print(f"a step of the large picture allocates {memory[0] / 1e6:.0f} MB, with remat {memory[1] / 1e6:.0f} MB")
-    metrics = {
-        "net": repr(pair.net), "side": side, "steps": steps, "cores": cores, "rounds": rows, "seconds": took,
-        "ratio": ratio, "apart": apart, "flops": flops, "limit_flops": limit, "share": share,
-        "compile_s": first - took["jax"], "step_bytes": memory[0], "step_bytes_remat": memory[1],
-        "torch": torch.__version__,
+    return {
+        "net": repr(pair.net), "rounds": rows, "seconds": took, "ratio": ratio, "apart": apart, "flops": flops,
+        "share": share, "compile_s": first - took["jax"], "step_bytes": memory[0], "step_bytes_remat": memory[1],
     }  # fmt: skip
-    bars = [Bar("hcd_speed.losses_apart", apart, APART, "<=")]
-    if not args.quick:
-        bars.append(Bar("hcd_speed.times_torch", ratio, FASTER))
-    return finish("hcd_speed", metrics, bars, args, seeds=[0])
+
+
+def options(parser: ArgumentParser) -> None:
+    tables.options(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="whose median is taken; of IRN two fewer (default: 5)")
+
+
+def main() -> int:
+    args = arguments(__doc__, more=options)
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("torch is not installed: pip install 'hypervl-jax[parity]', or `make parity` in a clone")
+    import torch  # type: ignore
+
+    needs.keep_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    if args.quick:
+        side, steps, pairs = 64, 3, {"irn_x2": drawn(irn.Irn((1,), growth=8))}
+        hr = picture(side)
+    else:
+        side, steps = 256, 15
+        firn = weights.load(irn.firn(), Path(args.data) / "weights" / "firn_x4.npz")
+        hr = image.load(Path(args.data) / "Set5" / "butterfly.png")[None].astype(np.float32) / 255
+        pairs = {"firn_x4": firn, "irn_x4": drawn(irn.Irn((8, 8)))}
+    limit, nets, bars = matrix_flops(), {}, []
+    for name, pair in pairs.items():
+        print(f"\n{name}")
+        rounds = args.rounds if name != "irn_x4" else max(1, args.rounds - 2)
+        nets[name] = beside_torch(pair, hr, steps, rounds, limit)
+        bars.append(Bar(f"hcd_speed.{name}_losses_apart", nets[name]["apart"], APART, "<="))
+        if not args.quick:
+            bars.append(Bar(f"hcd_speed.{name}_times_torch", nets[name]["ratio"], FASTER))
+    told = {"side": side, "steps": steps, "cores": cores, "limit_flops": limit, "torch": torch.__version__}
+    return finish("hcd_speed", told | {"nets": nets}, bars, args, seeds=[0, 1])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 from common import HERE, Bar, arguments, compile_cache, finish
 from PIL import Image
 
-from hypervl_jax import bench
+from hypervl_jax import bench, needs
 from hypervl_jax.rescale import evaluate, metrics, photographs, train, weights
 from hypervl_jax.watch import PLAIN
 
@@ -101,6 +101,7 @@ def main() -> int:
     args = arguments(__doc__, more=options)
     if not args.quick and not (args.data / "BSDS500-train").is_dir():
         sys.exit(f"{args.data}: no BSDS500-train there; name its folder with --data")
+    needs.keep_memory()
     compile_cache()
     found, bars = quick() if args.quick else full(args.data, args.memory)
     return finish("rescale_train", found, bars, args, seeds=[train.tiny().train.seed])

@@ -1,5 +1,7 @@
 """The flows against the official code's numbers: channel order, couplings, counts, the way back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from hypervl_jax.rescale import weights
 from hypervl_jax.rescale.irn import Coupling, Irn, firn
-from hypervl_jax.rescale.layers import haar, pixel_shuffle, unhaar
+from hypervl_jax.rescale.layers import haar, leaky, pixel_shuffle, unhaar
 from hypervl_jax.rescale.pairs import quantise
 
 
@@ -72,9 +74,37 @@ def test_up_draws_the_detail(tiny, close):
     assert np.abs(np.asarray(one) - np.asarray(other)).max() > 0.01
 
 
+@pytest.mark.parametrize("net", [Irn((1, 1), growth=8), Irn((1, 1), "light")])
+def test_the_forms_compute_the_same(net, close):
+    """As CPUs like it, and as the papers write it: there, back, and the gradients of both."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), shapes)
+    hr = jnp.asarray(rng.random((2, 12, 20, 3)), jnp.float32)
+    plain = dataclasses.replace(net, form="plain")
+
+    def lost(net, params, hr):
+        forward = net.forward(params, hr)
+        back = net.inverse(params, forward.at[..., 3:].multiply(0.5))
+        return ((back - hr) ** 2).sum(), (forward, back)
+
+    (got, want) = (
+        jax.jit(jax.value_and_grad(lost, (1, 2), has_aux=True), static_argnums=0)(n, params, hr) for n in (net, plain)
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        close(a, b, 2e-5)
+
+
+def test_a_leaky_relu_has_the_slope_of_pytorch():
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0])
+    slope = jax.vmap(jax.grad(leaky))
+    np.testing.assert_allclose(slope(x), [0.2, 0.2, 0.2, 1.0])
+    np.testing.assert_allclose(jax.jvp(leaky, (x,), (2 * x,))[1], [-0.8, 0, 0, 6], rtol=1e-6)
+
+
 def test_flops_are_those_of_the_convolutions():
     """Of both stages by hand, and by the compiler's count of the whole, which has a little more to it."""
-    net = Irn((1, 2), growth=3)
+    net = Irn((1, 2), growth=3, form="plain")
     f, g = ((3 * (n + n + 3 + n + 6 + n + 9) + m * (n + 12)) * 9 for n, m in ((9, 3), (3, 9)))
     wide_f, wide_g = ((3 * (n + n + 3 + n + 6 + n + 9) + m * (n + 12)) * 9 for n, m in ((45, 3), (3, 45)))
     assert net.flops(32) == 2 * ((f + 2 * g) * 16**2 + 2 * (wide_f + 2 * wide_g) * 8**2)

@@ -7,38 +7,81 @@ Axes: B batch, H W picture, h w small picture, C channels of a stage, D channels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
-from hypervl_jax.rescale.layers import Conv, DenseBlock, haar, leaky, unhaar
+from hypervl_jax.rescale.layers import DenseBlock, Kernel, Learnt, conv, haar, leaky, unhaar
 from hypervl_jax.rescale.pairs import Key, Params, noise, shrunk
 
 Kind = Literal["dense", "light"]
+Subnet = Callable[[Array], Array]
 
 
 class LightBlock(nn.Module):
-    """FIRN's subnet: three distilling steps and pixel attention, of int(C * factor) channels (Zhao et al. 2020)."""
+    """The kernels of FIRN's subnet: three distilling steps and pixel attention, of int(C * factor) channels (Zhao et
+    al. 2020); `light` applies them."""
 
     features: int
     factor: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        width = int(x.shape[-1] * self.factor)
-        if self.factor > 1:
-            x = leaky(Conv(width, name="expandconv")(x))
-        distilled = []
+    def __call__(self, channels: int) -> dict[str, Kernel]:
+        width = int(channels * self.factor)
+        carried = width if self.factor > 1 else channels
+        made = {"expandconv": (width, 3, channels)} if self.factor > 1 else {}
         for i in (1, 2, 3):
-            distilled.append(leaky(Conv(width, 1, name=f"c{i}_d")(x)))
-            x = leaky(Conv(x.shape[-1], name=f"c{i}_r")(x) + x)
-        distilled.append(leaky(Conv(width, name="c4")(x)))
-        y = Conv(self.features, 1, name="c5")(jnp.concatenate(distilled, -1))
-        return y * nn.sigmoid(Conv(self.features, 1, name="PA.conv")(y))
+            made |= {f"c{i}_d": (width, 1, carried), f"c{i}_r": (carried, 3, carried)}
+        made |= {"c4": (width, 3, carried), "c5": (self.features, 1, 4 * width)}
+        made["PA.conv"] = (self.features, 1, self.features)
+        return {name: Learnt(d, k, name=name)(c) for name, (d, k, c) in made.items()}
+
+
+def light(x: Float[Array, "B H W C"], learnt: dict[str, Kernel], wide: bool) -> Float[Array, "B H W D"]:
+    """FIRN's subnet."""
+
+    def step(x: Array, name: str) -> Array:
+        return conv(x, learnt[name], wide)
+
+    x = leaky(step(x, "expandconv")) if "expandconv" in learnt else x
+    distilled = []
+    for i in (1, 2, 3):
+        distilled.append(leaky(step(x, f"c{i}_d")))
+        x = leaky(step(x, f"c{i}_r") + x)
+    y = step(jnp.concatenate([*distilled, leaky(step(x, "c4"))], -1), "c5")
+    return y * nn.sigmoid(step(y, "PA.conv"))
+
+
+def beside(*blocks: dict[str, Kernel]) -> dict[str, Kernel]:
+    """The kernels of one subnet that says what several do that see the same. Most of it is zeros, and yet XLA's CPU
+    backend runs it in less time than all of them, for it runs narrow convolutions badly: what lies between the first
+    and the last is wider, in fours."""
+    joined = {}
+    for name in blocks[0]:
+        kernels, total = [block[name] for block in blocks], sum(block[name].bias.size for block in blocks)
+        more = 0 if name in ("c5", "PA.conv") else -total % 4
+        bias = jnp.pad(jnp.concatenate([kernel.bias for kernel in kernels]), (0, more))
+        if name == "expandconv":  # sees what comes in, which all see
+            weight = jnp.pad(jnp.concatenate([kernel.weight for kernel in kernels], -1), [(0, 0)] * 3 + [(0, more)])
+            joined[name] = Kernel(weight, bias)
+            continue
+        rows, at = [], 0
+        for kernel in kernels:
+            parts = rearrange(kernel.weight, "k l (p c) d -> k l p c d", p=4 if name == "c5" else 1)  # of 4 results
+            d = parts.shape[-1]
+            rows.append(jnp.pad(parts, [(0, 0)] * 4 + [(at, total + more - at - d)]))
+            at += d
+        weight = jnp.concatenate(rows, 3)
+        fill = 0 if name == "PA.conv" else -weight.shape[3] % 4
+        weight = jnp.pad(weight, [(0, 0)] * 3 + [(0, fill), (0, 0)])
+        joined[name] = Kernel(rearrange(weight, "k l p c d -> k l (p c) d"), bias)
+    return joined
 
 
 class Coupling(nn.Module):
@@ -46,27 +89,43 @@ class Coupling(nn.Module):
 
     kind: Kind = "dense"
     growth: int = 32
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], inverse: bool = False) -> Float[Array, "B H W C"]:
         low, detail = x[..., :3], x[..., 3:]
-        width, light = detail.shape[-1], self.kind == "light"
-        if light:
-            f, g, h = (LightBlock(n, w, name=k) for n, w, k in ((3, 0.5, "F"), (width, 3.0, "G"), (width, 3.0, "H")))
-        else:
-            f, g, h = (DenseBlock(n, self.growth, name=k) for n, k in ((3, "F"), (width, "G"), (width, "H")))
-        thin = Conv(width // 2, 1, name="reduce_conv.0")
+        shift, both = (self._light if self.kind == "light" else self._dense)(detail.shape[-1])
+        low = low if inverse else low + shift(detail)
+        scaled, g = both(low)
+        s = jnp.tanh(scaled / 2)
+        detail = (detail - g) / jnp.exp(s) if inverse else detail * jnp.exp(s) + g
+        return jnp.concatenate([low - shift(detail) if inverse else low, detail], -1)
+
+    def _dense(self, width: int) -> tuple[Subnet, Callable[[Array], tuple[Array, Array]]]:
+        f, g, h = (
+            DenseBlock(n, self.growth, wide=self.wide, name=k) for n, k in ((3, "F"), (width, "G"), (width, "H"))
+        )
+        return f, lambda low: (h(low), g(low))
+
+    def _light(self, width: int) -> tuple[Subnet, Callable[[Array], tuple[Array, Array]]]:
+        thin = Learnt(width // 2, 1, name="reduce_conv.0")(width)
+        f, g, h = (
+            LightBlock(n, w, name=k)(c)
+            for n, w, k, c in ((3, 0.5, "F", width // 2), (width, 3.0, "G", 3), (width, 3.0, "H", 3))
+        )
+
+        def both(low: Array) -> tuple[Array, Array]:
+            if self.wide:
+                return tuple(jnp.split(light(low, beside(h, g), True), 2, -1))  # type: ignore
+            return light(low, h, False), light(low, g, False)
 
         def shift(detail: Array) -> Array:
-            return f(leaky(thin(detail)) if light else detail)
+            x = leaky(conv(detail, thin))
+            if not self.wide:
+                return light(x, f, False)
+            return light(jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % 4)]), beside(f), True)
 
-        if not inverse:
-            low = low + shift(detail)
-        s = jnp.tanh(h(low) / 2)
-        detail = (detail - g(low)) / jnp.exp(s) if inverse else detail * jnp.exp(s) + g(low)
-        if inverse:
-            low = low - shift(detail)
-        return jnp.concatenate([low, detail], -1)
+        return shift, both
 
 
 class Flow(nn.Module):
@@ -75,12 +134,16 @@ class Flow(nn.Module):
     blocks: tuple[int, ...]
     kind: Kind
     growth: int
+    wide: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B _ _ C"], inverse: bool = False) -> Float[Array, "B _ _ D"]:
         at, steps = 0, []
         for n in self.blocks:  # numbered as in published weights, where Haar has a number too
-            steps += [None, *(Coupling(self.kind, self.growth, name=f"operations.{at + 1 + i}") for i in range(n))]
+            steps += [
+                None,
+                *(Coupling(self.kind, self.growth, self.wide, name=f"operations.{at + 1 + i}") for i in range(n)),
+            ]
             at += 1 + n
         for step in reversed(steps) if inverse else steps:
             if step is None:
@@ -98,6 +161,8 @@ class Irn:
     kind: Kind = "dense"
     growth: int = 32  # of the dense blocks
     noise: float = 1.0  # spread of what stands for the detail on the way up, as the weights were taught; 0: none
+    # "auto": convolutions as CPUs like them, where this is one; the same result, so it is no part of the name
+    form: Literal["auto", "plain"] = field(default="auto", repr=False)
 
     @property
     def scale(self) -> int:
@@ -105,7 +170,8 @@ class Irn:
 
     @property
     def flow(self) -> Flow:
-        return Flow(self.blocks, self.kind, self.growth)
+        wide = self.form == "auto" and jax.default_backend() == "cpu"
+        return Flow(self.blocks, self.kind, self.growth, wide)
 
     def init(self, key: Array) -> Params:
         return self.flow.init(key, jnp.zeros((1, self.scale, self.scale, 3)))["params"]  # type: ignore

@@ -5,7 +5,11 @@ Axes: B batch, H W rows and columns, C D channels in and out, K kernel side.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
@@ -14,6 +18,26 @@ from hypervl_jax.model.vrc import convolve
 
 XAVIER = nn.initializers.variance_scaling(0.01, "fan_avg", "normal")  # Xavier's normal times 0.1, as the flows begin
 ZEROS = nn.initializers.zeros
+
+
+class Kernel(NamedTuple):
+    """What a convolution learns."""
+
+    weight: Float[Array, "K K C D"]
+    bias: Float[Array, " D"]
+
+
+class Learnt(nn.Module):
+    """The kernel of a convolution of C channels, for whoever applies it himself."""
+
+    features: int
+    kernel: int = 3
+    init: nn.initializers.Initializer = XAVIER
+
+    @nn.compact
+    def __call__(self, channels: int) -> Kernel:
+        weight = self.param("weight", self.init, (self.kernel, self.kernel, channels, self.features))
+        return Kernel(weight, self.param("bias", ZEROS, (self.features,)))
 
 
 class Conv(nn.Module):
@@ -26,26 +50,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         weight = self.param("weight", self.init, (self.kernel, self.kernel, x.shape[-1], self.features))
-        pixels = x.shape[1] * x.shape[2]  # of one the exporter lowers no product
-        y = x @ weight[0, 0] if self.kernel == 1 and pixels > 1 else convolve(x, weight)
-        return y + self.param("bias", ZEROS, (self.features,))
-
-
-def leaky(x: Float[Array, "..."], slope: float = 0.2) -> Float[Array, "..."]:
-    """LeakyReLU; as a maximum, for its slope lies in 0..1."""
-    return jnp.maximum(x, slope * x)
-
-
-class Kernel(nn.Module):
-    """What a 3x3 `Conv` learns, for whoever applies it himself."""
-
-    features: int
-    init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, channels: int) -> tuple[Float[Array, "3 3 C D"], Float[Array, " D"]]:
-        weight = self.param("weight", self.init, (3, 3, channels, self.features))
-        return weight, self.param("bias", ZEROS, (self.features,))
+        return conv(x, Kernel(weight, self.param("bias", ZEROS, (self.features,))))
 
 
 class DenseBlock(nn.Module):
@@ -58,25 +63,60 @@ class DenseBlock(nn.Module):
     features: int
     growth: int = 32
     last: nn.initializers.Initializer = ZEROS
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         widths, inits = (*[self.growth] * 4, self.features), (*[XAVIER] * 4, self.last)
-        learnt = [
-            Kernel(width, init, name=f"conv{i + 1}")(x.shape[-1] + i * self.growth)
-            for i, (width, init) in enumerate(zip(widths, inits, strict=True))
-        ]
-        kernels, biases = zip(*learnt, strict=True)
+        kernels, biases = zip(
+            *(
+                Learnt(width, init=init, name=f"conv{i + 1}")(x.shape[-1] + i * self.growth)
+                for i, (width, init) in enumerate(zip(widths, inits, strict=True))
+            ),
+            strict=True,
+        )
         total, at, result = jnp.concatenate(biases), 0, x  # of all convolutions that are not done
         for i, width in enumerate(widths):
             part = leaky(result) if i else x
             n = part.shape[-1]
-            total = total + convolve(part, jnp.concatenate([kernel[:, :, at : at + n] for kernel in kernels[i:]], -1))
+            weight = jnp.concatenate([kernel[:, :, at : at + n] for kernel in kernels[i:]], -1)
+            total = total + (widened if self.wide else convolve)(part, weight)
             result, total, at = total[..., :width], total[..., width:], at + n
         return result
 
 
 # --- without weights -------------------------------------------------------------------------------------------------
+
+
+def conv(x: Float[Array, "B H W C"], kernel: Kernel, wide: bool = False) -> Float[Array, "B H W D"]:
+    """A convolution with its bias; `wide`: see `widened`."""
+    pixels = x.shape[1] * x.shape[2]  # of one the exporter lowers no product
+    if len(kernel.weight) == 1 and pixels > 1:
+        return x @ kernel.weight[0, 0] + kernel.bias
+    return (widened if wide else convolve)(x, kernel.weight) + kernel.bias
+
+
+def widened(x: Float[Array, "B H W C"], weight: Float[Array, "K K C D"]) -> Float[Array, "B H W D"]:
+    """`convolve` with channels of zeros added, such that XLA's CPU backend takes its fast way, both here and in the
+    gradient: it wants fours, and more than 16 where they are few. Of 4 channels to 4, 128 x 128 pixels, a third of the
+    time (`benchmarks/hcd_speed.py` has what it gives to HCD)."""
+    channels, features = weight.shape[2:]
+    c, d = (-(-n // 4) * 4 for n in (channels, features))
+    d = 20 if max(c, d) <= 16 else d
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, c - channels)])
+    return convolve(x, jnp.pad(weight, [(0, 0)] * 2 + [(0, c - channels), (0, d - features)]))[..., :features]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def leaky(x: Float[Array, "..."], slope: float = 0.2) -> Float[Array, "..."]:
+    """LeakyReLU, of a slope in 0..1. Its derivative is read off the result, so that nothing else is kept for it."""
+    return jnp.maximum(x, slope * x)
+
+
+@leaky.defjvp
+def _leaky_jvp(slope: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = leaky(*primals, slope)
+    return y, jnp.where(y > 0, tangents[0], slope * tangents[0])
 
 
 def haar(x: Float[Array, "B H W C"]) -> Float[Array, "B _ _ D"]:
