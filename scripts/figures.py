@@ -427,6 +427,7 @@ PAIRS = {
     "light_x2": "light x2",
 }
 WAYS = ("plain", "LR15", "HR15+LR15", "own")
+SPEED = {"firn_x4": "FIRN x4, trained weights", "irn_x4": "IRN x4 as published, random weights"}
 
 
 def rescaled(r: Result) -> list[str]:
@@ -466,13 +467,17 @@ def setting(r: Result) -> list[str]:
 
 def speed(r: Result) -> list[str]:
     m = r["metrics"]
-    return prose(
-        f"**Time.** HCD with {m['steps']} + {m['steps']} steps on {m['side']} x {m['side']} pixels takes",
-        f"{m['seconds']['jax']:.1f} s, {1 / m['ratio']:.2f} of the time of the same loop in PyTorch, at",
-        f"{100 * m['share']:.0f} % of what a product of matrices reaches; compiling {m['compile_s']:.0f} s before it.",
-        f"A step of the large picture allocates {m['step_bytes'] / 1e6:.0f} MB, and with the couplings computed anew",
-        f"on the way back (remat) {m['step_bytes_remat'] / 1e6:.0f} MB ({where(r)}).",
+    said = prose(
+        f"**Time.** HCD with {m['steps']} + {m['steps']} steps on {m['side']} x {m['side']} pixels beside the same loop",
+        "in PyTorch, same cores, same process; the share is of the arithmetic that a product of matrices reaches, and",
+        f"memory what one step of the large picture allocates, with couplings computed anew (remat) behind it ({where(r)}).",
     )
+    rows = [cells(("pair", "seconds", "of PyTorch's time", "share", "compiling, s", "MB", "MB, remat")), "|---" * 7 + "|"]
+    for name, n in m["nets"].items():
+        figures = (f"{n['seconds']['jax']:.1f}", f"{1 / n['ratio']:.2f}", f"{100 * n['share']:.0f} %")
+        memory = (f"{n[k] / 1e6:.0f}" for k in ("step_bytes", "step_bytes_remat"))
+        rows.append(cells((SPEED[name], *figures, f"{n['compile_s']:.0f}", *memory)))
+    return [*said, "", *rows]
 
 
 def growth(r: Result) -> list[str]:

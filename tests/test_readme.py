@@ -38,7 +38,7 @@ def test_commands_run(typed, tmp_path, monkeypatch, capsys):
     pytest.importorskip("litert_converter", reason="the LiteRT converter has no wheel here")
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    assert {shlex.split(line)[1] for line in lines} == {"ask", "eval", "export"}
+    assert {shlex.split(line)[1] for line in lines} == {"ask", "eval", "export", "rescale"}
     for line in lines:
         program, *argv = shlex.split(typed(line))
         assert program == "hypervl"

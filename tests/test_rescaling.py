@@ -270,15 +270,17 @@ def test_pairs_that_ship_have_names(photo, run, tmp_path):
     h, w = np.asarray(Image.open(photo)).shape[:2]
     run("down", photo, "--no-hcd", "--out", tmp_path / "2.png")
     run("down", photo, "--no-hcd", "--pair", "light_x2", "--out", tmp_path / "named.png")
-    with Image.open(tmp_path / "2.png") as small:
-        assert small.size == (-(-w // 2), -(-h // 2))
+    run("down", photo, "--no-hcd", "--pair", "light_x4", "--out", tmp_path / "4.png")
+    for scale in (2, 4):
+        with Image.open(tmp_path / f"{scale}.png") as small:
+            assert small.size == (-(-w // scale), -(-h // scale))
     assert (tmp_path / "2.png").read_bytes() == (tmp_path / "named.png").read_bytes()
 
 
 def test_pairs_that_are_none(photo, tmp_path, fails):
     for name in ("light_x3", "bicubic-x9", ""):
         said = fails("up", photo, "--pair", name)
-        assert f"--pair {name}: choose light_x2, bicubic-x2, -x3, -x4, or a file of weights" in said
+        assert f"--pair {name}: choose light_x2, light_x4, bicubic-x2, -x3, -x4, or a file of weights" in said
     assert "nowhere.npz: cannot be read" in fails("up", photo, "--pair", "nowhere.npz")
     assert "weights are .npz, .safetensors or .pth" in fails("up", photo, "--pair", "weights.bin")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and no more")

@@ -69,7 +69,7 @@ def export(pair: Annotated[Positional[str], arg(metavar="PAIR")], /, out: Path, 
     hypervl rescale export irn_x2.pth --out phone --side 64
 
     Args:
-        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+        pair: light_x2 or light_x4, which ship, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
             bicubic-x2, -x3, -x4.
         out: folder to write; an earlier export there is replaced, anything else is left alone.
         side: pixels a side of the small tile that the file restores.

@@ -70,7 +70,7 @@ def down(
 
     Args:
         pictures: picture files, or folders of them.
-        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+        pair: light_x2 or light_x4, which ship, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
             bicubic-x2, -x3, -x4.
         out: a .png for one picture, else a folder; if not given, beside the one picture, as NAME_lr.png.
     """
@@ -109,8 +109,8 @@ def up(
 
     Args:
         pictures: picture files, or folders of them.
-        pair: the pair they were made by: light_x2, weights (.npz, .safetensors, .pth), or bicubic-x2,
-            -x3, -x4.
+        pair: the pair they were made by: light_x2 or light_x4, weights (.npz, .safetensors, .pth), or
+            bicubic-x2, -x3, -x4.
         out: a .png for one picture, else a folder; if not given, beside the one picture, as NAME_sr.png.
         notes: heed what `down` noted, and refuse another pair; --no-notes: take it for any small picture.
     """
@@ -147,7 +147,7 @@ def evaluate(
 
     Args:
         pictures: picture files, or folders of them.
-        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+        pair: light_x2 or light_x4, which ship, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
             bicubic-x2, -x3, -x4.
         out: JSON file to write: every figure of every picture, and how they were made.
     """
@@ -201,7 +201,7 @@ def compare(
     Args:
         picture: a picture file.
         out: PNG file to write.
-        pair: light_x2, which ships, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
+        pair: light_x2 or light_x4, which ship, weights of IRN, FIRN, HCFlow or IMDN (.npz, .safetensors, .pth), or
             bicubic-x2, -x3, -x4.
         at: the pixel around which a part is enlarged; if not given, where the plain way is most wrong.
     """
