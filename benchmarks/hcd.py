@@ -131,7 +131,7 @@ class Task(NamedTuple):
     def kept(self, root: Path) -> Path:
         """Where its figures are: a folder that says what made them."""
         ways = [(way, digest(config)) for way, config in self.ways.items()]
-        told = weights.fingerprint(self.pair), ways, self.draws, _code()
+        told = weights.fingerprint(self.pair), ways, self.draws, code()
         return root / self.label / hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
@@ -142,9 +142,10 @@ def digest(config: HcdConfig) -> str:
 
 
 @functools.cache
-def _code() -> str:
+def code(*more: str) -> str:
+    """A digest of what figures depend on, and of other modules."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for name in ("hcd", "imdn", "irn", "layers", "metrics", "pairs", "resample"):
+    for name in ("hcd", "imdn", "irn", "layers", "metrics", "pairs", "resample", *more):
         digest.update((HERE.parent / "src/hypervl_jax/rescale" / f"{name}.py").read_bytes())
     return digest.hexdigest()
 

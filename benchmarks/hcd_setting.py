@@ -104,7 +104,7 @@ def main() -> int:
     some = {name: SETTINGS[name] for name in QUICK} if args.quick else SETTINGS
     if dear := [name for name, config in some.items() if cost(config) > cost(SETTINGS["official"])]:
         sys.exit(f"these cost more than the official setting: {', '.join(dear)}")
-    kept = HERE.parent / ".cache" / "benchmarks" / "hcd_setting" / f"{tables._code()[:12]}-{n}"
+    kept = HERE.parent / ".cache" / "benchmarks" / "hcd_setting" / f"{tables.code()[:12]}-{n}"
     choice, proof = crops(folder, 0, n), crops(folder, n, n)
 
     def figures(name: str, on: np.ndarray, part: str) -> dict[str, list[float]]:

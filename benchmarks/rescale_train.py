@@ -65,8 +65,9 @@ def quick() -> tuple[dict, list[Bar]]:
 
 def full(data: Path, memory: bool) -> tuple[dict, list[Bar]]:
     source = photographs.found(str(data / "BSDS500-train"), OUT / "data")
-    pair = train.run(cfg := train.tiny(), source, OUT / "tiny_x2", PLAIN, source.name)
-    rows = [json.loads(line) for line in (OUT / "tiny_x2" / "log.jsonl").read_text().splitlines()]
+    run = OUT / f"tiny_x2-{tables.code('train', 'photographs')[:12]}"
+    pair = train.run(cfg := train.tiny(), source, run, PLAIN, source.name)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     some = tables.pictures(data / "Set5", 2)
     bicubic = {s: metrics.psnr(evaluate.both_ways(x, 2).restored, x, 2) for s, x in some.items()}
     task = tables.Task("tiny_x2_Set5", pair, data / "Set5", tables.WAYS, 1)
@@ -78,7 +79,7 @@ def full(data: Path, memory: bool) -> tuple[dict, list[Bar]]:
     print(f"bicubic both ways {np.mean(list(bicubic.values())):.3f} dB: {plain:+.3f} dB above it")
     told = {
         "config": repr(cfg), "steps": len(rows), "gain": learning(rows, 50), "bicubic": bicubic, "Set5": found,
-        "bytes": (OUT / "tiny_x2" / train.WEIGHTS).stat().st_size, "weights": weights.fingerprint(pair),
+        "bytes": (run / train.WEIGHTS).stat().st_size, "weights": weights.fingerprint(pair),
     }  # fmt: skip
     bars = [
         Bar("rescale_train.above_bicubic_db", plain, 2.0),

@@ -265,7 +265,7 @@ def test_another_pair_than_it_was_made_by(photo, irn, run, fails, tmp_path):
     assert run("up", small, *BICUBIC, "--no-notes").out.endswith(": 38 x 42 px\n")
 
 
-def test_pairs_that_ship_have_names(photo, run, tmp_path):
+def test_pairs_that_ship_have_names(photo, run, fails, tmp_path):
     """Without --pair it is the light one by 2."""
     h, w = np.asarray(Image.open(photo)).shape[:2]
     run("down", photo, "--no-hcd", "--out", tmp_path / "2.png")
@@ -275,6 +275,7 @@ def test_pairs_that_ship_have_names(photo, run, tmp_path):
         with Image.open(tmp_path / f"{scale}.png") as small:
             assert small.size == (-(-w // scale), -(-h // scale))
     assert (tmp_path / "2.png").read_bytes() == (tmp_path / "named.png").read_bytes()
+    assert "restores by 2: give --pair light_x4" in fails("up", tmp_path / "4.png", "--out", tmp_path / "no.png")
 
 
 def test_pairs_that_are_none(photo, tmp_path, fails):
@@ -374,6 +375,15 @@ def test_what_fails_halfway_leaves_nothing(photo, fails, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     assert "No space left on device" in fails("down", photo, *BICUBIC, "--no-hcd")
+
+
+def test_the_code_of_the_page_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "rescaling.md").read_text(), re.M | re.S)
+    names: dict = {}
+    exec(compile(code, "rescaling.md", "exec"), names)
+    assert names["restored"].shape == (1, *names["pixels"].shape)
+    assert metrics.psnr(np.asarray(names["restored"])[0], names["pixels"], 2) > 35
 
 
 def test_the_page_says_what_is_printed(tmp_path, monkeypatch, capsys):

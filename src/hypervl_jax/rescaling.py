@@ -298,11 +298,12 @@ def pair_of(name: str) -> Any:
     needs.keep_compiled()
     if scale := re.fullmatch(r"bicubic-x([234])", name):
         return pairs.Pair(pairs.Bicubic(int(scale[1])), {})
-    shipped = {file.stem: file for file in sorted(weights.SHIPPED.glob("*.npz"))}
-    if name not in shipped and not Path(name).suffix:
-        some = ", ".join([*shipped, "bicubic-x2", "-x3", "-x4"])
+    if name in weights.LIGHT:
+        return weights.shipped(name)
+    if not Path(name).suffix:
+        some = ", ".join([*weights.LIGHT, "bicubic-x2", "-x3", "-x4"])
         raise needs.UsageError(f"--pair {name}: choose {some}, or a file of weights (.npz, .safetensors, .pth)")
-    return weights.recognise(shipped.get(name, name))
+    return weights.recognise(name)
 
 
 # --- work, and how far it is -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import pytest
 
 from hypervl_jax.rescale import metrics
 from hypervl_jax.rescale.hcd import Descent, HcdConfig
+from hypervl_jax.rescale.irn import Irn
 from hypervl_jax.rescale.pairs import Bicubic, Pair
 from hypervl_jax.rescale.resample import bicubic
 
@@ -45,3 +46,12 @@ def test_missing_data_is_said(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["hcd.py", "--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="name their folder with --data"):
         bench.main()
+
+
+def test_the_loop_in_pytorch_is_ours(load, capsys):
+    pytest.importorskip("torch", reason="needs the parity extra")
+    speed = load("hcd_speed")
+    found = speed.beside_torch(speed.drawn(Irn((1,), growth=2)), speed.picture(32), 2, 1, 1e11)
+    assert found["apart"] < 1e-5
+    assert found["ratio"] == pytest.approx(found["rounds"][0]["torch"] / found["rounds"][0]["jax"])
+    assert "times as fast" in capsys.readouterr().out

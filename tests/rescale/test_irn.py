@@ -74,23 +74,21 @@ def test_up_draws_the_detail(tiny, close):
     assert np.abs(np.asarray(one) - np.asarray(other)).max() > 0.01
 
 
-@pytest.mark.parametrize("net", [Irn((1, 1), growth=8), Irn((1, 1), "light")])
+@pytest.mark.parametrize("net", [Irn((1, 1), growth=8), Irn((1,), growth=3), Irn((1, 1), "light")])
 def test_the_forms_compute_the_same(net, close):
     """As CPUs like it, and as the papers write it: there, back, and the gradients of both."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), shapes)
     hr = jnp.asarray(rng.random((2, 12, 20, 3)), jnp.float32)
-    plain = dataclasses.replace(net, form="plain")
 
     def lost(net, params, hr):
         forward = net.forward(params, hr)
         back = net.inverse(params, forward.at[..., 3:].multiply(0.5))
         return ((back - hr) ** 2).sum(), (forward, back)
 
-    (got, want) = (
-        jax.jit(jax.value_and_grad(lost, (1, 2), has_aux=True), static_argnums=0)(n, params, hr) for n in (net, plain)
-    )
+    lost = jax.jit(jax.value_and_grad(lost, (1, 2), has_aux=True), static_argnums=0)
+    got, want = (lost(dataclasses.replace(net, form=form), params, hr) for form in ("wide", "plain"))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         close(a, b, 2e-5)
 
@@ -100,6 +98,13 @@ def test_a_leaky_relu_has_the_slope_of_pytorch():
     slope = jax.vmap(jax.grad(leaky))
     np.testing.assert_allclose(slope(x), [0.2, 0.2, 0.2, 1.0])
     np.testing.assert_allclose(jax.jvp(leaky, (x,), (2 * x,))[1], [-0.8, 0, 0, 6], rtol=1e-6)
+    twice = jax.vmap(jax.grad(jax.grad(lambda x: leaky(x) ** 2)))
+    np.testing.assert_allclose(twice(x), [0.08, 0.08, 0.08, 2.0], rtol=1e-6)
+
+
+def test_a_form_that_is_none():
+    with pytest.raises(ValueError, match="form 'palin': choose auto, wide or plain"):
+        Irn((1,), form="palin")  # type: ignore
 
 
 def test_flops_are_those_of_the_convolutions():

@@ -59,9 +59,9 @@ def light(x: Float[Array, "B H W C"], learnt: dict[str, Kernel], wide: bool) -> 
 
 
 def beside(*blocks: dict[str, Kernel]) -> dict[str, Kernel]:
-    """The kernels of one subnet that says what several do that see the same. Most of it is zeros, and yet XLA's CPU
-    backend runs it in less time than all of them, for it runs narrow convolutions badly: what lies between the first
-    and the last is wider, in fours."""
+    """The kernels of one subnet that says what one or several do that see the same, with what lies between the first
+    and the last in fours. Zeros join them, and yet XLA's CPU backend takes less time, for it runs narrow convolutions
+    badly (`widened`)."""
     joined = {}
     for name in blocks[0]:
         kernels, total = [block[name] for block in blocks], sum(block[name].bias.size for block in blocks)
@@ -161,8 +161,12 @@ class Irn:
     kind: Kind = "dense"
     growth: int = 32  # of the dense blocks
     noise: float = 1.0  # spread of what stands for the detail on the way up, as the weights were taught; 0: none
-    # "auto": convolutions as CPUs like them, where this is one; the same result, so it is no part of the name
-    form: Literal["auto", "plain"] = field(default="auto", repr=False)
+    # "plain" as the papers write it, "wide" as CPUs like it, "auto" as the default backend does; one result, one name
+    form: Literal["auto", "wide", "plain"] = field(default="auto", repr=False)
+
+    def __post_init__(self):
+        if self.form not in ("auto", "wide", "plain"):
+            raise ValueError(f"form {self.form!r}: choose auto, wide or plain")
 
     @property
     def scale(self) -> int:
@@ -170,7 +174,7 @@ class Irn:
 
     @property
     def flow(self) -> Flow:
-        wide = self.form == "auto" and jax.default_backend() == "cpu"
+        wide = self.form == "wide" or (self.form == "auto" and jax.default_backend() == "cpu")
         return Flow(self.blocks, self.kind, self.growth, wide)
 
     def init(self, key: Array) -> Params:

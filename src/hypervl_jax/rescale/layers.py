@@ -40,24 +40,19 @@ class Learnt(nn.Module):
         return Kernel(weight, self.param("bias", ZEROS, (self.features,)))
 
 
-class Conv(nn.Module):
+class Conv(Learnt):
     """Convolution with a bias, zero padded to the same size; a kernel of side 1 is a matrix product."""
-
-    features: int
-    kernel: int = 3
-    init: nn.initializers.Initializer = XAVIER
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        weight = self.param("weight", self.init, (self.kernel, self.kernel, x.shape[-1], self.features))
-        return conv(x, Kernel(weight, self.param("bias", ZEROS, (self.features,))))
+        return conv(x, super().__call__(x.shape[-1]))
 
 
 class DenseBlock(nn.Module):
     """Five 3x3 convolutions, each of all that came before (IRN, fig. 3; Wang et al. 2018). Starts as the constant 0.
 
-    Computed the other way about: what each result adds to all that come after it, in one convolution. Those are wider,
-    read nothing twice, and take three quarters of the time on CPUs.
+    `wide` computes it the other way about: what each result adds to all that come after it, in one `widened`
+    convolution. CPUs take less time for fewer and wider ones that read nothing twice.
     """
 
     features: int
@@ -75,12 +70,16 @@ class DenseBlock(nn.Module):
             ),
             strict=True,
         )
+        if not self.wide:
+            for kernel, bias in zip(kernels[:-1], biases[:-1], strict=True):
+                x = jnp.concatenate([x, leaky(convolve(x, kernel) + bias)], -1)
+            return convolve(x, kernels[-1]) + biases[-1]
         total, at, result = jnp.concatenate(biases), 0, x  # of all convolutions that are not done
         for i, width in enumerate(widths):
             part = leaky(result) if i else x
             n = part.shape[-1]
             weight = jnp.concatenate([kernel[:, :, at : at + n] for kernel in kernels[i:]], -1)
-            total = total + (widened if self.wide else convolve)(part, weight)
+            total = total + widened(part, weight)
             result, total, at = total[..., :width], total[..., width:], at + n
         return result
 
@@ -98,8 +97,7 @@ def conv(x: Float[Array, "B H W C"], kernel: Kernel, wide: bool = False) -> Floa
 
 def widened(x: Float[Array, "B H W C"], weight: Float[Array, "K K C D"]) -> Float[Array, "B H W D"]:
     """`convolve` with channels of zeros added, such that XLA's CPU backend takes its fast way, both here and in the
-    gradient: it wants fours, and more than 16 where they are few. Of 4 channels to 4, 128 x 128 pixels, a third of the
-    time (`benchmarks/hcd_speed.py` has what it gives to HCD)."""
+    gradient: it wants fours, and more than 16 where they are few (`benchmarks/hcd_speed.py` has what it gives)."""
     channels, features = weight.shape[2:]
     c, d = (-(-n // 4) * 4 for n in (channels, features))
     d = 20 if max(c, d) <= 16 else d
@@ -109,7 +107,7 @@ def widened(x: Float[Array, "B H W C"], weight: Float[Array, "K K C D"]) -> Floa
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def leaky(x: Float[Array, "..."], slope: float = 0.2) -> Float[Array, "..."]:
-    """LeakyReLU, of a slope in 0..1. Its derivative is read off the result, so that nothing else is kept for it."""
+    """LeakyReLU of a constant slope in 0..1. Its derivative is read off the result: what came in is not kept."""
     return jnp.maximum(x, slope * x)
 
 

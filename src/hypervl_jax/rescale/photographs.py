@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -160,7 +161,7 @@ class Pictures:
             )
         self._key, self.name = pictures[0], f"{builder.info.full_name}/{split}"
         self._kept: dict[int, np.ndarray] = {}
-        self._left = KEPT_BYTES
+        self._left, self._lock = KEPT_BYTES, threading.Lock()
         every = {k: tfds.decode.SkipDecoding() for k, f in builder.info.features.items() if _is_picture(f)}
         self._records = builder.as_data_source(split, decoders=every)
         told = (builder.info.metadata or {}).get("sizes")
@@ -176,8 +177,9 @@ class Pictures:
         data, name = self._records[index][self._key], f"{self.name}:{index}"
         pixels = image.load(bytes(data), max_bytes=MAX_BYTES, name=name)
         pixels.flags.writeable = False
-        if pixels.nbytes <= self._left and self._kept.setdefault(index, pixels) is pixels:
-            self._left -= pixels.nbytes
+        with self._lock:
+            if pixels.nbytes <= self._left and self._kept.setdefault(index, pixels) is pixels:
+                self._left -= pixels.nbytes
         return pixels
 
     def _size(self, index: int) -> tuple[int, int]:

@@ -119,12 +119,15 @@ def check(pair: Pair, small: Layers, noted: bool = True) -> None:
         raise RescaleError(f"{w} x {h} px times {s} is over the limit of {most:g} million pixels; cut it into parts")
     if known is None:
         return
+    if known.weights == (ours := weights.fingerprint(pair)):
+        return
+    shipped = {weights.fingerprint(weights.shipped(name)): f"--pair {name}" for name in weights.LIGHT}
+    theirs = shipped.get(known.weights)
     if known.scale != s:
-        raise RescaleError(f"made small by {known.scale}, this pair restores by {s}: give the pair it was made by")
-    if known.weights != (ours := weights.fingerprint(pair)):
-        raise RescaleError(
-            f"made small by weights {known.weights}, these are {ours}: give those, or --no-notes to restore it anyway"
-        )
+        cure = theirs or "the pair it was made by"
+        raise RescaleError(f"made small by {known.scale}, this pair restores by {s}: give {cure}")
+    cure = f"{theirs or 'those'}, or --no-notes to restore it anyway"
+    raise RescaleError(f"made small by weights {known.weights}, these are {ours}: give {cure}")
 
 
 def filled(x: UInt8[np.ndarray, "H W C"], scale: int) -> UInt8[np.ndarray, "_ _ C"]:

@@ -40,7 +40,8 @@ STORAGES = {
     "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
     "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
-SHIPPED = Path(__file__).parents[1] / "weights" / "rescale"  # light pairs of our own
+SHIPPED = Path(__file__).parents[1] / "weights" / "rescale"
+LIGHT = ("light_x2", "light_x4")  # whose weights are there; scripts/light_pairs.py trains them
 LARGEST = 1 << 30  # bytes of a file; the largest pair has 45 million
 
 
@@ -58,6 +59,13 @@ def recognise(file: Path | str) -> Pair:
     if isinstance(net, Irn) and NOISE in found:
         net = dataclasses.replace(net, noise=_number(found[NOISE]))
     return Pair(net, fit(net, found, str(file)))
+
+
+def shipped(name: str = "light_x2") -> Pair:
+    """One of the pairs that ship, `LIGHT`. Raises `CheckpointError` for another name."""
+    if name not in LIGHT:
+        raise CheckpointError(f"{name}: no pair of that name ships; choose {', '.join(LIGHT)}")
+    return recognise(SHIPPED / f"{name}.npz")
 
 
 def save(pair: Pair, file: Path | str, dtype: Any = np.float32) -> None:
