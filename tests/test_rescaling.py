@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypervl_jax import cli
+from hypervl_jax import cli, rescaling
 from hypervl_jax.rescale import metrics
+from hypervl_jax.rescale.hcd import HcdConfig
 from hypervl_jax.rescale.resample import bicubic
+from hypervl_jax.rescaling import Hcd
 
 ROOT = Path(__file__).parents[1]
 BICUBIC = ["--pair", "bicubic-x2"]
@@ -190,6 +192,13 @@ def test_eval_prints_a_row_a_picture_and_writes_json(tmp_path, run):
     assert found["how"]["eps_mode"] == "rms"
 
 
+def test_the_setting_of_our_own_can_be_asked_for(load):
+    """What hcd_setting.py chose is what --help says is best."""
+    config = load("hcd").chosen(ROOT / "benchmarks" / "results")
+    assert config == rescaling._config(Hcd(hr_steps=10, lr_steps=25, lr_eps=0.9))
+    assert HcdConfig(eps_mode="rms") == rescaling._config(Hcd())
+
+
 def test_eval_without_hcd_is_one_column(photo, run):
     assert run("eval", photo, *BICUBIC, "--no-hcd").out.splitlines()[0].split() == ["plain:", "dB,", "SSIM"]
 
@@ -347,6 +356,7 @@ def test_settings_that_cannot_be(photo, tmp_path, fails):
     assert "no picture; give one or more" in fails("down", *BICUBIC)
     assert "--seed -1" in fails("up", photo, *BICUBIC, "--seed", "-1")
     assert "--tile 100: at least 128" in fails("up", photo, *BICUBIC, "--tile", "100")
+    assert "--lr-eps 0: choose a number above 0" in fails("down", photo, *BICUBIC, "--lr-eps", "0")
     assert "--lr-steps -2" in fails("down", photo, *BICUBIC, "--lr-steps", "-2")
     assert "--at 99 1: choose 0 to 35" in fails(
         "compare", photo, *BICUBIC, "--out", tmp_path / "c.png", "--at", "99", "1"

@@ -36,6 +36,10 @@ class Hcd:
     eps_mode: Literal["rms", "absolute"] = "rms"
     """how far a picture may move: by as much a pixel as the paper's moves at 256 x 256; absolute: the paper's code,
     whose budget of a whole picture fades as pictures grow."""
+    lr_eps: float = 0.3
+    """how far the small picture may move: the L2 norm of all it moves by, of numbers in 0..1. More gives more, and a
+    small picture further from the plain one; --hr-steps 10 --lr-steps 25 --lr-eps 0.9 is the best of docs/rescaling.md.
+    """
 
 
 @dataclass(frozen=True)
@@ -283,9 +287,11 @@ def _config(how: Hcd) -> Any:
             raise needs.UsageError(f"--{name}-steps {n}: choose 0 to {STEPS}")
     if not how.hcd or how.hr_steps + how.lr_steps == 0:
         return None
-    from hypervl_jax.rescale.hcd import HcdConfig
+    if not 0 < how.lr_eps < math.inf:
+        raise needs.UsageError(f"--lr-eps {how.lr_eps:g}: choose a number above 0")
+    from hypervl_jax.rescale.hcd import Descent, HcdConfig
 
-    return HcdConfig(how.hr_steps, how.lr_steps, eps_mode=how.eps_mode)
+    return HcdConfig(how.hr_steps, how.lr_steps, lr=Descent(eps=how.lr_eps), eps_mode=how.eps_mode)
 
 
 def pair_of(name: str) -> Any:
