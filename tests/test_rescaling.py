@@ -393,7 +393,7 @@ def test_the_code_of_the_page_runs(monkeypatch):
     names: dict = {}
     exec(compile(code, "rescaling.md", "exec"), names)
     assert names["restored"].shape == (1, *names["pixels"].shape)
-    assert metrics.psnr(np.asarray(names["restored"])[0], names["pixels"], 2) > 35
+    assert metrics.psnr(names["restored"][0], names["pixels"], 2) > 35
 
 
 def test_the_page_says_what_is_printed(tmp_path, monkeypatch, capsys):

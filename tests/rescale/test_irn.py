@@ -102,11 +102,6 @@ def test_a_leaky_relu_has_the_slope_of_pytorch():
     np.testing.assert_allclose(twice(x), [0.08, 0.08, 0.08, 2.0], rtol=1e-6)
 
 
-def test_a_form_that_is_none():
-    with pytest.raises(ValueError, match="form 'palin': choose auto, wide or plain"):
-        Irn((1,), form="palin")  # type: ignore
-
-
 def test_flops_are_those_of_the_convolutions():
     """Of both stages by hand, and by the compiler's count of the whole, which has a little more to it."""
     net = Irn((1, 2), growth=3, form="plain")

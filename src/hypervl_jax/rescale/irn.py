@@ -164,10 +164,6 @@ class Irn:
     # "plain" as the papers write it, "wide" as CPUs like it, "auto" as the default backend does; one result, one name
     form: Literal["auto", "wide", "plain"] = field(default="auto", repr=False)
 
-    def __post_init__(self):
-        if self.form not in ("auto", "wide", "plain"):
-            raise ValueError(f"form {self.form!r}: choose auto, wide or plain")
-
     @property
     def scale(self) -> int:
         return 2 ** len(self.blocks)
