@@ -1,7 +1,8 @@
 """Cost of rescaling over picture size: time and memory of the plain path and of HCD's steps, tile by tile.
 
-Square pictures through FIRN x4 (--quick: a small IRN x2) with weights drawn at random: what a step costs does not
-depend on them. Each size runs in a process of its own, compiles first, then measures the median of `--repeats` runs:
+Square pictures through the network of light_x2, which the commands take (--quick: a smaller one), with weights drawn
+at random: what a step costs does not depend on them. Each size runs in a process of its own, compiles first, then
+measures the median of `--repeats` runs:
 
   plain   down and up
   hcd     one step of the large and one of the small picture, the shrinking between them
@@ -34,7 +35,7 @@ from common import Bar, arguments, compile_cache, finish
 from hypervl_jax import bench, charts
 from hypervl_jax.rescale import hcd, tiles
 from hypervl_jax.rescale.hcd import HcdConfig, Scene
-from hypervl_jax.rescale.irn import Irn, firn
+from hypervl_jax.rescale.irn import Irn
 from hypervl_jax.rescale.pairs import Pair, keys
 
 STEP = HcdConfig(1, 1, eps_mode="rms")
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
     plain: int  # side of a picture that takes the plain path alone
 
 
-FULL = Plan(firn(), (320, 640, 1280, 2560), tiles.TILE, 5760)
+FULL = Plan(Irn((4,), growth=8, noise=0.0), (320, 640, 1280, 2560), tiles.TILE, 5760)
 QUICK = Plan(Irn((1,), growth=4), (256, 512), tiles.LEAST, 768)
 
 

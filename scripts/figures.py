@@ -487,8 +487,9 @@ def growth(r: Result) -> list[str]:
     """A row a size: seconds and memory."""
     m = r["metrics"]
     said = prose(
-        f"**Cost over the size of the picture**, tiles of {m['tile']} pixels: seconds a megapixel, the plain path and",
-        f"a step of the large and of the small picture by HCD, and the memory of it ({where(r)}).",
+        f"**Cost over the size of the picture** with the network of `light_x2`, tiles of {m['tile']} pixels: seconds a",
+        "megapixel, the plain path and a step of the large and of the small picture by HCD, and the memory of both",
+        f"({where(r)}).",
     )
     rows = [cells(("side", "plain, s/MP", "HCD, s/MP a step", "plain, MB", "HCD, MB")), "|---" * 5 + "|"]
     for row in m["sizes"]:
