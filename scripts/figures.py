@@ -518,7 +518,7 @@ def trained(r: Result) -> list[str]:
         f"**`tiny_x2`** after its {m['steps']} steps on BSDS500's training part, {m['bytes'] / 1e3:.0f} kB: Set5 comes",
         f"back at {sum(plain) / len(plain):.2f} dB plain, {above:+.2f} dB against bicubic both ways, and HCD at the",
         f"official setting adds {sum(gains) / len(gains):.2f} dB on average, {min(gains):.2f} at least ({where(r)}).",
-        f"A training step of the paper's pairs, batch 16 and crops of 144, compiles and allocates: {', '.join(needed)}.",
+        f"A training step of the paper's pairs, batch 16, crops of 144, compiles and allocates: {', '.join(needed)}.",
     )
 
 
