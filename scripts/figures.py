@@ -449,8 +449,9 @@ def rescaled(r: Result) -> list[str]:
 
 def restored(rows: Iterable[Result]) -> str:
     rows = list(rows)
-    db, ssim, near = (sum(row[k] for row in rows) / len(rows) for k in ("psnr_y", "ssim_y", "lr_psnr"))
-    return f"{db:.2f}, {ssim:.4f}" + (f" ({near:.1f})" if near < 99 else "")
+    db, ssim = (sum(row[k] for row in rows) / len(rows) for k in ("psnr_y", "ssim_y"))
+    near = [row["lr_psnr"] for row in rows if row["lr_psnr"] is not None]  # None: the same picture
+    return f"{db:.2f}, {ssim:.4f}" + (f" ({sum(near) / len(near):.1f})" if near else "")
 
 
 def setting(r: Result) -> list[str]:
