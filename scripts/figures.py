@@ -444,7 +444,20 @@ def rescaled(r: Result) -> list[str]:
             if (ways := found.get(f"{pair}_{folder}")) is not None:
                 each = (restored(ways[way].values()) if way in ways else "-" for way in WAYS)
                 rows.append(cells((name, f"{folder.capitalize()}, {len(ways['plain'])}", *each)))
-    return [*said, "", *rows]
+    both = [
+        (ways["own"][stem]["psnr_y"] - row["psnr_y"], stem)
+        for label, ways in found.items()
+        if "own" in ways
+        for stem, row in ways["HR15+LR15"].items()
+    ]
+    less = ", ".join(f"{stem} by {-gain:.2f} dB" for gain, stem in sorted(both) if gain < 0)
+    return [
+        *said,
+        "",
+        *rows,
+        "",
+        *prose(f"On {len(both)} pictures `own` gives less than HR15+LR15 on: {less or 'none'}."),
+    ]
 
 
 def restored(rows: Iterable[Result]) -> str:
