@@ -3,7 +3,7 @@
     python benchmarks/hcd.py --sets Set5              # what carries the bars; the other sets are printed beside it
     python benchmarks/hcd.py --sets Set5 Set14 kodak  # all tables
 
-FIRN x4 and IMDN x4, x2 at the official setting, the light pairs where they ship, and in a column of its own the setting
+FIRN x4 and IMDN x4, x2 at the official setting, the light pairs that ship, and in a column of its own the setting
 that `hcd_setting.py` chose, where it has been run. Restored with `--draws` draws of noise. Every picture's figures are
 kept under .cache/benchmarks/hcd, so that the same command goes on where it was interrupted; the results file holds
 every set that is complete. `--quick` takes one batch of 96 x 96 crops of Set5 with FIRN and the budget of a 256 x 256
@@ -157,8 +157,7 @@ def tasks(data: Path, draws: int) -> list[Task]:
     pairs = [("firn_x4", weights.load(firn(), data / "weights" / "firn_x4.npz"), WAYS | own, draws)]
     for scale in (4, 2):
         pairs.append((f"imdn_x{scale}", weights.load(Imdn(scale), data / "weights" / f"imdn_x{scale}.npz"), alone, 1))
-        if (ours := weights.SHIPPED / f"light_x{scale}.npz").exists():
-            pairs.append((f"light_x{scale}", weights.recognise(ours), WAYS | own, 1))  # it draws nothing
+        pairs.append((f"light_x{scale}", weights.shipped(f"light_x{scale}"), WAYS | own, 1))  # it draws nothing
     folders = {"Set5": data / "Set5", "Set14": data / "Set14", "kodak": data.parent / "kodak"}
     return [
         Task(f"{label}_{name}", pair, folder, ways, n)

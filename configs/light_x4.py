@@ -1,4 +1,4 @@
-"""The recipe of the light pair that ships, x4: a few hundred kB, hours on one core.
+"""The recipe of the light pair that ships, x4: a few hundred kB.
 
 hypervl rescale train configs/light_x4.py --data FOLDER --out runs/light_x4
 """

@@ -456,7 +456,7 @@ def rescaled(r: Result) -> list[str]:
         "",
         *rows,
         "",
-        *prose(f"On {len(both)} pictures `own` gives less than HR15+LR15 on: {less or 'none'}."),
+        *prose(f"Of {len(both)} restored pictures `own` gives less than HR15+LR15 for: {less or 'none'}."),
     ]
 
 

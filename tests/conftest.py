@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Read when JAX is imported, so before anything else. The cache makes a second run of the suite several times faster.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Workers of one run have cores of their own: XLA's threads wait by spinning, which on shared cores costs a fifth.
+# Workers of one run have cores of their own: XLA's threads wait by spinning, which others pay for.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     number = worker.removeprefix("gw")

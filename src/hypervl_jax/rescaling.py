@@ -37,9 +37,8 @@ class Hcd:
     """how far a picture may move: by as much a pixel as the paper's moves at 256 x 256; absolute: the paper's code,
     whose budget of a whole picture fades as pictures grow."""
     lr_eps: float = 0.3
-    """how far the small picture may move: the L2 norm of all it moves by, of numbers in 0..1. More gives more, and a
-    small picture further from the plain one; --hr-steps 10 --lr-steps 25 --lr-eps 0.9 is the best of docs/rescaling.md.
-    """
+    """how far the small picture may move: the L2 norm of all it moves by, of numbers in 0..1. More mostly gives more,
+    and a small picture further from the plain one: docs/rescaling.md has --hr-steps 10 --lr-steps 25 --lr-eps 0.9."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from hypervl_jax import __version__, checkpoint, config
 from hypervl_jax.checkpoint import Model
 from hypervl_jax.config import Config, ConfigError
 
-# What may change on the way: it changes nothing that is computed.
-FREE = ("train.log_every", "train.save_every", "train.keep", "train.skips")  # skips: but for rounding
+# What may change on the way: it changes nothing that is computed, `skips` and `form` but for rounding.
+FREE = ("train.log_every", "train.save_every", "train.keep", "train.skips", "net.form")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

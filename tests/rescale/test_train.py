@@ -180,6 +180,15 @@ def test_told_to_stop_it_saves_and_goes_on(whole, tmp_path):
     same(train.run(TINY, Memory(), tmp_path, QUIET), whole[0])
 
 
+def test_a_run_may_change_its_form(whole, tmp_path):
+    """As one does that goes on from a CPU's checkpoint in the form that papers have; the same but for rounding."""
+    train.run(with_train(TINY, steps=2), Memory(), tmp_path, QUIET)
+    plain = dataclasses.replace(TINY, net=dataclasses.replace(TINY.net, form="plain"))
+    pair = train.run(plain, Memory(), tmp_path, QUIET)
+    for a, b in zip(jax.tree.leaves(pair.params), jax.tree.leaves(whole[0].params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_a_finished_run_is_left_as_it_is(whole):
     pair, out = whole
     same(train.run(TINY, Memory(), out, QUIET), pair)

@@ -87,7 +87,7 @@ def published(scale: int) -> PairConfig:
 
 
 def light(scale: int) -> PairConfig:
-    """What ships: a few hundred kB, hours on one core.
+    """What ships: a few hundred kB.
 
     Nothing is drawn for the detail (`noise` 0; as Bai et al., AAAI 2025, train): a coupling divides noise by e at
     most, so few of them cannot get rid of it.
